@@ -1,0 +1,409 @@
+"""The GPT of the lecture "Let's build GPT" (github.com/karpathy/ng-video-lecture): a Transformer that reads
+Shakespeare a character at a time and learns to write the next one, with its attention spelled out by hand.
+
+    python gpt.py --tiny    # a minute on a laptop; without --tiny a few on a GPU
+"""
+import argparse, csv, io, math, os, sys, time
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# --- Flags -----------------------------------------------------------------------------------------------
+
+TINY = dict(batch_size=12, block_size=64, n_embd=128, n_head=4, n_layer=4, dropout=0.0, learning_rate=2e-3,
+            max_iters=2000)
+
+# The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
+COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,"
+           "published_train_loss,published_val_loss,pe_at,data,batch_size,block_size,max_iters,eval_interval,"
+           "eval_iters,learning_rate,warmup_iters,min_lr,weight_decay,beta2,grad_clip,grad_accum,dropout,"
+           "seed,dtype,compile,params,device,torch,compile_s,train_s,ms_per_iter,tokens_per_s,"
+           "peak_mem_mb").split(",")
+
+
+def fail(message, status=2):
+    """End the program with one line on standard error; status 2 is bad input, 1 a run that went wrong."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or a float in [low, below)."""
+    def parse(text):
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range [{low}, {below})")
+        return kind(text)
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def parse_args(argv=None):
+    """The flags in argv (a list of strings, by default the command line) as a Namespace, checked."""
+    if argv is None:  # a notebook's kernel is started with flags of its own
+        argv = [] if sys.argv[0].endswith("kernel_launcher.py") else sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; --help lists the flags and what they take")
+    flag, count = parser.add_argument, number(int, 1)
+    flag("--data", default="input.txt", help="text to learn from, UTF-8")
+    flag("--batch_size", type=count, default=64, help="sequences per iteration")
+    flag("--block_size", type=count, default=256, help="context length in characters")
+    flag("--max_iters", type=count, default=5000, help="training iterations")
+    flag("--eval_interval", type=count, default=500, help="iterations between evaluations")
+    flag("--eval_iters", type=count, default=200, help="batches per split in an evaluation")
+    flag("--learning_rate", type=number(float, 0), default=3e-4, help="AdamW's step size")
+    flag("--n_embd", type=count, default=384, help="channels per token, a multiple of n_head")
+    flag("--n_head", type=count, default=6, help="attention heads")
+    flag("--n_layer", type=count, default=6, help="Transformer blocks")
+    flag("--dropout", type=number(float, 0, 1), default=0.2, help="share of activations dropped in training")
+    flag("--seed", type=number(int, 0, 2**63), default=1337, help="of weights, batches and dropout")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda, else mps, else cpu")
+    flag("--dtype", choices=["bfloat16", "float32"], default="auto", help="auto is bfloat16 where it is fast")
+    flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
+    flag("--csv", help="append a row with the final losses to this file")
+    flag("--sample_chars", type=number(int, 0), default=500, help="characters to write at the end")
+    flag("--tiny", action="store_true", help=f"preset for a laptop, other flags win: {TINY}")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        parser.set_defaults(**TINY)
+        args = parser.parse_args(argv)
+    if args.n_embd % args.n_head:
+        fail(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    try:
+        args.device = torch.device(devices[0] if args.device == "auto" else args.device)
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not there; this machine has {', '.join(devices)}")
+    if args.dtype == "auto":
+        fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+        args.dtype = "bfloat16" if fast.get(args.device.type, bool)() else "float32"
+    if args.compile == "auto":
+        args.compile = args.device.type == "cuda"
+    return args
+
+
+# --- Data ------------------------------------------------------------------------------------------------
+
+def load_data(config):
+    """Read the text -> {"train": (N,), "val": (M,)} token ids on the device, and the list of characters."""
+    try:
+        with open(config.data, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--data {config.data}: {error}; it has to be a text in UTF-8")
+    chars = sorted(set(text))
+    ids = {char: i for i, char in enumerate(chars)}
+    tokens = torch.tensor([ids[char] for char in text], dtype=torch.long, device=config.device)
+    n = int(0.9 * len(tokens))
+    if min(n, len(tokens) - n) <= config.block_size:
+        fail(f"--data {config.data}: {n} characters to train on and {len(tokens) - n} to validate; "
+             f"--block_size {config.block_size} needs more than {config.block_size} of each")
+    return {"train": tokens[:n], "val": tokens[n:]}, chars
+
+
+def get_batch(data, config, generator):
+    """Random windows of data (N,) -> inputs (B, T) and targets (B, T), the inputs shifted by one."""
+    start = torch.randint(len(data) - config.block_size, (config.batch_size, 1), generator=generator,
+                          device=config.device)
+    window = data[start + torch.arange(config.block_size + 1, device=config.device)]  # (B, T+1)
+    return window[:, :-1], window[:, 1:]
+
+
+# --- Model -----------------------------------------------------------------------------------------------
+
+class Head(nn.Module):
+    """One head of causal self-attention (Vaswani et al. 2017): (B, T, C) -> (B, T, hs)."""
+
+    def __init__(self, config):
+        super().__init__()
+        head_size = config.n_embd // config.n_head
+        self.key = nn.Linear(config.n_embd, head_size, bias=False)
+        self.query = nn.Linear(config.n_embd, head_size, bias=False)
+        self.value = nn.Linear(config.n_embd, head_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        tril = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
+        self.register_buffer("tril", tril, persistent=False)
+
+    def forward(self, x):
+        k, q, v = self.key(x), self.query(x), self.value(x)  # (B, T, hs)
+        T = x.shape[1]
+        scores = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, T, hs) @ (B, hs, T) -> (B, T, T)
+        scores = scores.masked_fill(~self.tril[:T, :T], float("-inf"))  # a token sees no later one
+        weights = self.dropout(F.softmax(scores, dim=-1))  # (B, T, T)
+        return weights @ v  # (B, T, T) @ (B, T, hs) -> (B, T, hs)
+
+
+class MultiHeadAttention(nn.Module):
+    """Heads side by side, their outputs concatenated and mixed: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(config) for _ in range(config.n_head))
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        out = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
+        return self.dropout(self.proj(out))
+
+
+class FeedForward(nn.Module):
+    """Two layers, applied to each token by itself: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.ReLU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+            nn.Dropout(config.dropout),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Communication, then computation: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.sa = MultiHeadAttention(config)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ffwd = FeedForward(config)
+
+    def forward(self, x):
+        x = x + self.sa(self.ln1(x))
+        x = x + self.ffwd(self.ln2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model; config has vocab_size, block_size, n_embd, n_head, n_layer and dropout."""
+
+    experiment = "gpt"
+
+    def __init__(self, config):
+        super().__init__()
+        self.block_size = config.block_size
+        self.token_embedding_table = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> logits (B, T, vocab_size), and the mean cross-entropy in nats given targets."""
+        tok_emb = self.token_embedding_table(idx)  # (B, T, C)
+        pos_emb = self.position_embedding_table.weight[:idx.shape[1]]  # (T, C)
+        x = self.blocks(tok_emb + pos_emb)  # (B, T, C)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens):
+        """Continue idx (B, T) token by token -> (B, T + max_new_tokens)."""
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.block_size:])  # the positions the model knows
+            probs = F.softmax(logits[:, -1], dim=-1)  # (B, vocab_size), of what follows the last token
+            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+        return idx
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------
+
+def autocast(config):
+    """Matrix products in config.dtype, whose weights stay in float32."""
+    return torch.autocast(config.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def estimate_loss(model, splits, config, attention_dropout=False):
+    """Mean loss of each split, {"train": nats, "val": nats}, over batches that are the same at every call.
+
+    attention_dropout=True leaves the dropout inside SDPA on, as the published runs of gpt_v2 and gpt_v3 did.
+    """
+    model.eval()
+    if attention_dropout:  # an nn.Dropout knows eval mode by itself; the function SDPA does not
+        for module in model.modules():
+            module.training = not isinstance(module, nn.Dropout)
+    losses = {}
+    for split, data in splits.items():
+        generator = torch.Generator(config.device).manual_seed(0)
+        total = torch.zeros((), device=config.device)
+        for _ in range(config.eval_iters):
+            with autocast(config):
+                total += model(*get_batch(data, config, generator))[1]
+        losses[split] = round(total.item() / config.eval_iters, 6)
+    model.train()
+    return losses
+
+
+# --- Results ---------------------------------------------------------------------------------------------
+
+def append_row(path, row=None):
+    """Append the dict row to a CSV of COLUMNS; without a row, only see to it that this will be possible.
+
+    One write under a lock: runs side by side never tear a line, and a full disk leaves the file as it was.
+    """
+    text = io.StringIO()
+    cells = [row.get(name, "") for name in COLUMNS] if row else []
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, cells])
+    header, line = text.getvalue().encode().split(b"\n", 1)
+    try:
+        if row is None and not os.path.exists(path):
+            if not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise OSError("its folder is not there or cannot be written to")
+            return
+        with open(path, "r+b" if row is None else "a+b", buffering=0) as file:
+            if os.name == "posix":
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            old = file.read()
+            if old and not (old.startswith(header + b"\n") and old.endswith(b"\n")):
+                raise ValueError("it is not a whole CSV of these scripts; name one or a new file")
+            new = b"" if row is None else line if old else header + b"\n" + line
+            if file.write(new) < len(new):
+                file.truncate(len(old))
+                raise OSError("no space left on the disk")
+    except (OSError, ValueError) as error:
+        fail(f"--csv {path}: {error}" + (f"; the row was {line.decode()}" if row else ""), 1 if row else 2)
+
+
+# --- Training --------------------------------------------------------------------------------------------
+
+def warm_up(model, x, y, config):
+    """Compile, or run out of memory, before the clock starts -> seconds of a first and of a second pass."""
+    if config.compile:
+        for block in model.blocks:
+            block.compile()  # block by block, in place: one graph serves every layer
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        try:
+            with autocast(config):
+                _, loss = model(x, y)
+            loss.backward()
+            loss.item()  # waits for the device
+        except RuntimeError as error:
+            if "memory" in str(error) or not config.compile:
+                raise
+            print(f"warning: going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+            torch.compiler.set_stance("force_eager")
+            config.compile = False
+            return warm_up(model, x, y, config)
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def time_left(step, iter_s, eval_s, config):
+    """From this step to the end, evaluations included, as minutes:seconds."""
+    evals = math.ceil((config.max_iters - step) / config.eval_interval)
+    return "{}:{:02}".format(*divmod(round((config.max_iters - step) * iter_s + evals * eval_s), 60))
+
+
+def train(config):
+    """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    splits, chars = load_data(config)
+    config.vocab_size = len(chars)
+    model = GPT(config).to(config.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+    batches = torch.Generator(config.device).manual_seed(config.seed)
+    config.params = sum(p.numel() for p in model.parameters())
+    first_s, iter_s = warm_up(model, *get_batch(splits["train"], config, batches), config)
+    print(f"{model.experiment}: {config.params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, "
+          f"{'compiled' if config.compile else 'eager'}, first pass {first_s:.1f} s", flush=True)
+    if config.device.type == "cpu" and not config.tiny:
+        print(f"this will take about {time_left(-1, iter_s, config.eval_iters * iter_s, config)} "
+              "(minutes:seconds) on the CPU; --tiny takes a minute", flush=True)
+
+    tokens = config.batch_size * config.block_size  # per iteration
+    best_val, best_iter, train_s, eval_s, recent = math.inf, 0, 0.0, 0.0, []
+    started = drawn = time.perf_counter()
+    for step in range(config.max_iters + 1):
+        if step % config.eval_interval == 0 or step == config.max_iters:
+            recent = torch.stack(recent).tolist() if recent else []  # waits for the device
+            train_s += time.perf_counter() - started
+            started = time.perf_counter()
+            losses = estimate_loss(model, splits, config)
+            eval_s = time.perf_counter() - started
+            bad = [step - len(recent) + i for i, loss in enumerate(recent) if not math.isfinite(loss)]
+            if bad or not math.isfinite(losses["train"] + losses["val"]):
+                fail(f"the loss is not finite at step {(bad + [step])[0]}; a --learning_rate below "
+                     f"{config.learning_rate:g} may help", status=1)
+            if losses["val"] < best_val:
+                best_val, best_iter = losses["val"], step
+            speed = ""
+            if step:
+                iter_s = train_s / step
+                speed = f"{1e3 * iter_s:.2f} ms/iter, {tokens / iter_s / 1e6:.2f}M tok/s, "
+            print(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} | {speed}"
+                  f"eta {time_left(step, iter_s, eval_s, config)}", flush=True)
+            recent, started = [], time.perf_counter()
+        if step == config.max_iters:
+            break
+        x, y = get_batch(splits["train"], config, batches)
+        with autocast(config):
+            logits, loss = model(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        recent.append(loss.detach())  # read at the next evaluation: reading now would wait for the device
+        if sys.stdout.isatty() and time.perf_counter() > drawn + 0.5:
+            drawn = time.perf_counter()
+            print(f"step {step}/{config.max_iters}, eta {time_left(step, iter_s, eval_s, config)} ", end="\r")
+
+    print(f"final: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
+          f"(best {best_val:.4f} at step {best_iter})", flush=True)
+    if config.csv:
+        with torch.compiler.set_stance("force_eager"):
+            published = estimate_loss(model, splits, config, attention_dropout=True)
+        append_row(config.csv, vars(config) | dict(
+            experiment=model.experiment, pe_type=getattr(config, "pe", "None"), train_loss=losses["train"],
+            val_loss=losses["val"], best_val_loss=best_val, best_iter=best_iter,
+            published_train_loss=published["train"], published_val_loss=published["val"],
+            torch=torch.__version__, compile_s=round(config.compile * first_s, 2), train_s=round(train_s, 2),
+            ms_per_iter=round(1e3 * iter_s, 3), tokens_per_s=round(tokens / iter_s),
+            peak_mem_mb=torch.cuda.max_memory_allocated() >> 20 if config.device.type == "cuda" else ""))
+    return model, chars
+
+
+# --- Sample ----------------------------------------------------------------------------------------------
+
+@torch.compiler.set_stance("force_eager")  # every length is new: nothing to compile for
+def sample(model, chars, config):
+    """A text of config.sample_chars characters, drawn from the model in eval mode."""
+    start = torch.zeros((1, 1), dtype=torch.long, device=config.device)  # the first character: a new line
+    return "".join(chars[i] for i in model.eval().generate(start, config.sample_chars)[0].tolist())
+
+
+def main():
+    config = parse_args()
+    if config.csv:
+        append_row(config.csv)
+    try:
+        model, chars = train(config)
+        print(sample(model, chars, config))
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")
+
+
+if __name__ == "__main__":
+    main()
