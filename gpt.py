@@ -270,13 +270,14 @@ def append_row(path, row=None):
             if os.name == "posix":
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            old = file.read()
-            if old and not (old.startswith(header + b"\n") and old.endswith(b"\n")):
-                raise ValueError("it is not a whole CSV of these scripts; name one or a new file")
-            new = b"" if row is None else line if old else header + b"\n" + line
+            size = file.seek(0, os.SEEK_END)
+            for start, text in ((0, header + b"\n"), (size - 1, b"\n")) if size else ():
+                file.seek(start)
+                if file.read(len(text)) != text:
+                    raise ValueError("it is not a whole CSV of these scripts; name one or a new file")
+            new = b"" if row is None else line if size else header + b"\n" + line
             if file.write(new) < len(new):
-                file.truncate(len(old))
+                file.truncate(size)
                 raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
         fail(f"--csv {path}: {error}" + (f"; the row was {line.decode()}" if row else ""), 1 if row else 2)

@@ -1,0 +1,521 @@
+"""Tests of the three scripts.  python -m pytest            all of them, a few minutes on two cores
+                              python -m pytest -m "not slow"   the quick ones
+"""
+import csv
+import difflib
+import hashlib
+import inspect
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import gpt
+import gpt_v2
+import gpt_v3
+
+ROOT = Path(__file__).parent
+SCRIPTS = [gpt, gpt_v2, gpt_v3]
+ENCODINGS = [(pe, pe_at) for pe in ("randn", "sinpe", "rope") for pe_at in ("input", "qk")]
+# A run of a second: the smallest model on the real text.
+QUICK = ("--batch_size 4 --block_size 8 --n_embd 16 --n_head 2 --n_layer 2 --max_iters 4 --eval_interval 2 "
+         "--eval_iters 2 --sample_chars 20 --device cpu").split()
+
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to declare it in
+slow = pytest.mark.slow  # more than a few seconds
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """input.txt is found, whatever folder pytest is started from."""
+    monkeypatch.chdir(ROOT)
+
+
+def make(script, seed=0, **fields):
+    """A small model of a script in float64, its weights large enough for attention to matter."""
+    config = SimpleNamespace(**dict(vocab_size=11, block_size=12, n_embd=24, n_head=3, n_layer=2, dropout=0.0,
+                                    pe="sinpe", pe_at="input") | fields)
+    torch.manual_seed(seed)
+    model = script.GPT(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(1))
+
+
+def run(*args, cwd=ROOT, status=0, **kwargs):
+    """Run a script as a user would -> (standard output, standard error)."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, **kwargs)
+    assert done.returncode == status, done.stderr + done.stdout
+    return done.stdout, done.stderr
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- The files ---------------------------------------------------------------------------------------------
+
+def test_input_is_the_known_tiny_shakespeare():
+    digest = hashlib.sha256((ROOT / "input.txt").read_bytes()).hexdigest()
+    assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def sections(name):
+    """{title: text} of a script, cut at its rulers; "" is what comes before the first."""
+    parts = re.split(r"^# --- (\w+) -+\n", (ROOT / name).read_text(), flags=re.M)
+    return dict(zip(["", *parts[1::2]], parts[::2]))
+
+
+def test_scripts_have_the_same_sections_in_the_same_order():
+    assert list(sections("gpt.py")) == list(sections("gpt_v2.py")) == list(sections("gpt_v3.py"))
+
+
+def test_gpt_and_gpt_v2_differ_only_in_docstring_and_model():
+    one, two = sections("gpt.py"), sections("gpt_v2.py")
+    one[""], two[""] = one[""].split('"""')[2], two[""].split('"""')[2]
+    assert [title for title in one if one[title] != two[title]] == ["Model"]
+
+
+def test_the_diff_is_the_lesson():
+    lines = difflib.ndiff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")))
+    assert sum(line[0] in "+-" for line in lines) <= 20
+
+
+@pytest.mark.parametrize("name", ["fail", "number", "load_data", "get_batch", "autocast", "estimate_loss",
+                                  "append_row", "warm_up", "time_left", "sample", "main", "COLUMNS"])
+def test_shared_parts_are_identical(name):
+    if name == "COLUMNS":
+        assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
+    else:
+        assert len({inspect.getsource(getattr(script, name)) for script in SCRIPTS}) == 1
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("results/*.py")], ids=lambda path: path.name)
+def test_lines_fit_a_projector(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 110] == []
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = "import torch; s = torch.get_rng_state(); import gpt, gpt_v2, gpt_v3; " \
+           "assert torch.equal(s, torch.get_rng_state())"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    out, err = run("-c", code, cwd=tmp_path, env=env)
+    assert (out, err, list(tmp_path.iterdir())) == ("", "", [])
+
+
+# --- The models --------------------------------------------------------------------------------------------
+
+def test_gpt_and_gpt_v2_are_the_same_function():
+    one, two = make(gpt), make(gpt_v2, seed=1)
+    two.load_state_dict(one.state_dict())
+    one.load_state_dict(two.state_dict())
+    x, y = tokens(3, 12), tokens(3, 12).flip(0)
+    for model in (one, two):
+        model(x, y)[1].backward()
+    torch.testing.assert_close(one(x)[0], two(x)[0])
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("pe,pe_at", ENCODINGS)
+def test_gpt_v3_attention_is_the_one_written_out(pe, pe_at):
+    attention = make(gpt_v3, pe=pe, pe_at=pe_at).blocks[0].attn
+    x = torch.randn(2, 12, 24, dtype=torch.double)
+    out = torch.empty_like(x)
+    for b in range(2):
+        q, k, v = (x[b] @ attention.c_attn.weight.T + attention.c_attn.bias).split(24, dim=-1)
+        for h in range(3):
+            part = slice(8 * h, 8 * h + 8)
+            qh, kh, vh = attention.pe(q[:, part]), attention.pe(k[:, part]), v[:, part]
+            for t in range(12):
+                weights = torch.softmax(kh[:t + 1] @ qh[t] / math.sqrt(8), dim=0)
+                out[b, t, part] = weights @ vh[:t + 1]
+    torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
+
+
+def test_positional_encodings_are_their_formulas():
+    x = torch.randn(2, 5, 6)
+    sin, rope, randn = (gpt_v3.PositionalEncoding(pe, 9, 6)(x) for pe in ("sinpe", "rope", "randn"))
+    for t in range(5):
+        for i in range(3):
+            angle = t * 10000 ** (-2 * i / 6)
+            pair = x[:, t, 2 * i:2 * i + 2]
+            wave = torch.tensor([math.sin(angle), math.cos(angle)])
+            torch.testing.assert_close(sin[:, t, 2 * i:2 * i + 2], pair + wave)
+            turned = torch.view_as_complex(pair.contiguous()) * complex(math.cos(angle), math.sin(angle))
+            torch.testing.assert_close(rope[:, t, 2 * i:2 * i + 2], torch.view_as_real(turned))
+    torch.testing.assert_close((randn - x)[0], (randn - x)[1])  # the same for every sequence
+    noise = gpt_v3.PositionalEncoding("randn", 1000, 64).table
+    assert abs(noise.std() - 0.02) < 2e-4 and abs(noise.mean()) < 5e-4
+
+
+def test_randn_is_saved_and_never_trained():
+    model = make(gpt_v3, pe="randn")
+    assert "pe.table" in model.state_dict() and "pe.table" not in dict(model.named_parameters())
+    assert not [key for pe in ("sinpe", "rope") for key in make(gpt_v3, pe=pe).state_dict() if "table" in key]
+
+
+def test_rope_scores_depend_on_distance_alone():
+    rope = gpt_v3.PositionalEncoding("rope", 64, 16).double()
+    q, k = torch.randn(2, 16, dtype=torch.double)
+    turned_q, turned_k = rope(q.expand(64, 16)), rope(k.expand(64, 16))
+    scores = turned_q @ turned_k.T
+    for distance in (-5, 0, 7):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not torch.allclose(scores.diagonal(1)[0], scores.diagonal(2)[0])
+
+
+@pytest.mark.parametrize("script,pe,pe_at", [(gpt, "", ""), (gpt_v2, "", ""),
+                                              *((gpt_v3, *encoding) for encoding in ENCODINGS)],
+                         ids=lambda value: getattr(value, "__name__", value))
+def test_no_token_sees_a_later_one(script, pe, pe_at):
+    model = make(script, pe=pe, pe_at=pe_at)
+    x = tokens(1, 12)
+    before = model(x)[0]
+    for t in range(1, 12):
+        other = x.clone()
+        other[0, t] = (x[0, t] + 1) % 11
+        after = model(other)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_initial_weights_and_loss(script):
+    config = SimpleNamespace(vocab_size=65, block_size=64, n_embd=128, n_head=4, n_layer=2, dropout=0.0,
+                             pe="rope", pe_at="qk")
+    model = script.GPT(config)
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            assert torch.all(p == 0), name
+        elif "ln" not in name:
+            assert abs(p.std() - 0.02) < 2e-3 and abs(p.mean()) < 2e-3, name
+    x = torch.randint(65, (4, 64))
+    assert abs(model(x, x.flip(0))[1].item() - math.log(65)) < 0.1
+    assert (model.lm_head.bias is None) == (script is gpt_v3)
+
+
+GRID = [(pe, pe_at, n_embd, n_head, n_layer) for pe, pe_at in ENCODINGS
+        for n_embd in (384, 768) for n_head in (6, 8, 12) for n_layer in (6, 8, 12)]
+
+
+@pytest.mark.parametrize("pe,pe_at,n_embd,n_head,n_layer", GRID)
+def test_the_whole_grid_builds_and_trains(pe, pe_at, n_embd, n_head, n_layer):
+    """Shapes alone, on the meta device: 85M parameters cost nothing there."""
+    with torch.device("meta"):
+        model = gpt_v3.GPT(SimpleNamespace(vocab_size=65, block_size=256, n_embd=n_embd, n_head=n_head,
+                                           n_layer=n_layer, dropout=0.2, pe=pe, pe_at=pe_at))
+        x = torch.zeros(2, 256, dtype=torch.long)
+        logits, loss = model(x, x)
+        loss.backward()
+    assert logits.shape == (2, 256, 65) and all(p.grad is not None for p in model.parameters())
+    width = n_embd
+    block = 2 * 2 * width + 3 * width * (width + 1) + width * (width + 1) + width * 4 * width * 2 + 5 * width
+    assert sum(p.numel() for p in model.parameters()) == n_layer * block + 2 * width + 2 * 65 * width
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_one_batch_can_be_learnt_by_heart(script):
+    model = make(script, pe="rope", pe_at="qk").float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    x, y = tokens(4, 12), tokens(5, 12)[1:]
+    for _ in range(300):
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_generate_keeps_the_prompt_and_crops_the_context(script):
+    model = make(script).eval()
+    prompt = tokens(2, 3)
+    out = model.generate(prompt, 20)  # longer than block_size
+    assert out.shape == (2, 23) and torch.equal(out[:, :3], prompt)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_evaluation_repeats_itself_and_leaves_training_alone(script):
+    config = script.parse_args([*QUICK, "--dropout", "0.5"])
+    config.vocab_size = 11
+    torch.manual_seed(0)
+    model = script.GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    splits = {"train": tokens(500), "val": tokens(100)}
+    state = torch.get_rng_state()
+    first = script.estimate_loss(model, splits, config)
+    assert script.estimate_loss(model, splits, config) == first
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    # the published runs: SDPA's dropout stayed on, nn.Dropout did not
+    published = script.estimate_loss(model, splits, config, attention_dropout=True)
+    assert (published == first) == (script is gpt)
+    assert script.estimate_loss(model, splits, config) == first
+
+
+def test_evaluation_memory_does_not_grow_with_eval_iters():
+    config = gpt_v3.parse_args([*QUICK, "--n_embd", "32"])
+    config.vocab_size = 11
+    model, splits = gpt_v3.GPT(config), {"train": tokens(500)}
+
+    def live_tensors_after(iters):
+        import gc
+        kept = []
+        config.eval_iters = iters
+        handle = model.register_forward_hook(
+            lambda *_: kept.append(sum(torch.is_tensor(o) for o in gc.get_objects())))
+        gpt_v3.estimate_loss(model, splits, config)
+        handle.remove()
+        return kept[-1]
+
+    assert live_tensors_after(40) <= live_tensors_after(5)
+
+
+@pytest.mark.parametrize("step,rate", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.55), (100, 0.1)])
+def test_learning_rate_warms_up_and_decays(step, rate):
+    config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
+    assert gpt_v3.learning_rate(step, config) == pytest.approx(rate)
+    config.min_lr = None
+    assert gpt_v3.learning_rate(step, config) == (1.0 if step >= 10 else pytest.approx(rate))
+
+
+def test_batches_are_windows_of_the_text():
+    config = SimpleNamespace(batch_size=64, block_size=4, device=torch.device("cpu"))
+    data = torch.arange(7)
+    x, y = gpt.get_batch(data, config, torch.Generator().manual_seed(0))
+    assert torch.equal(x + 1, y) and torch.equal(x - x[:, :1], torch.arange(4).expand(64, 4))
+    assert set(x[:, 0].tolist()) == {0, 1, 2}  # every window that fits, the last one included
+
+
+# --- Runs --------------------------------------------------------------------------------------------------
+
+STEP = re.compile(r"step \d+: train loss \d\.\d{4}, val loss \d\.\d{4} \| "
+                  r"(\d+\.\d\d ms/iter, \d+\.\d\dM tok/s, )?eta \d+:\d\d")
+
+
+@pytest.mark.parametrize("script", ["gpt.py", "gpt_v2.py", "gpt_v3.py"])
+def test_a_script_copied_alone_runs(script, tmp_path):
+    shutil.copy(ROOT / script, tmp_path)
+    shutil.copy(ROOT / "input.txt", tmp_path)
+    out, err = run(script, *QUICK, "--csv", "runs.csv", cwd=tmp_path)
+    lines = out.splitlines()
+    assert err == "" and [bool(STEP.fullmatch(line)) for line in lines[2:5]] == [True] * 3
+    assert re.match(r"final: train loss \d.\d{4}, val loss \d.\d{4} \(best \d.\d{4} at step \d\)", lines[5])
+    assert len(out.split(lines[5])[1]) == 1 + 21 + 1  # 20 characters, after the one it starts from
+    (row,) = rows(tmp_path / "runs.csv")
+    assert row["experiment"] == script[:-3]
+    assert row["pe_type"] == ("sinpe" if script == "gpt_v3.py" else "None")
+    assert f"{float(row['val_loss']):.4f}" in lines[5] and (row["n_embd"], row["max_iters"]) == ("16", "4")
+    assert row["best_val_loss"] == min(row["best_val_loss"], row["val_loss"], key=float)
+
+
+def test_a_cell_of_a_notebook_runs_with_the_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
+    assert vars(gpt.parse_args()) == vars(gpt.parse_args([]))
+
+
+def test_tiny_is_a_preset_that_other_flags_win_over():
+    args = gpt_v3.parse_args(["--n_layer", "3", "--tiny"])
+    assert (args.n_layer, args.n_embd) == (3, gpt_v3.TINY["n_embd"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_defaults_are_the_seed_configuration(script):
+    args = vars(script.parse_args([]))
+    seed = dict(batch_size=64, block_size=256, max_iters=5000, eval_interval=500, eval_iters=200, n_embd=384,
+                learning_rate=3e-4, n_head=6, n_layer=6, dropout=0.2, seed=1337, data="input.txt",
+                sample_chars=500)
+    assert {name: args[name] for name in seed} == seed
+
+
+@pytest.mark.parametrize("pe,pe_at", ENCODINGS)
+def test_gpt_v3_trains_with_every_encoding(pe, pe_at):
+    config = gpt_v3.parse_args([*QUICK, *"--n_embd 384 --n_head 12 --n_layer 6 --learning_rate 1e-3".split(),
+                                *f"--max_iters 12 --eval_interval 12 --pe {pe} --pe_at {pe_at}".split()])
+    model, chars = gpt_v3.train(config)
+    _, loss = model(*gpt_v3.get_batch(gpt_v3.load_data(config)[0]["train"], config, torch.Generator()))
+    assert loss < 4.0 and len(gpt_v3.sample(model, chars, config)) == 21
+
+
+def test_how_often_one_evaluates_does_not_change_the_training(tmp_path):
+    for interval in ("1", "4", "100"):
+        args = [*QUICK, *"--dropout 0.3 --max_iters 6 --eval_interval".split(), interval]
+        gpt_v3.train(gpt_v3.parse_args([*args, "--csv", str(tmp_path / "r.csv")]))
+    losses = [(row["train_loss"], row["val_loss"]) for row in rows(tmp_path / "r.csv")]
+    assert len(losses) == 3 and len(set(losses)) == 1
+
+
+def test_grad_accum_equals_the_larger_batch(tmp_path):
+    models = []
+    for parts in ("1", "4"):
+        args = [*QUICK, *"--dropout 0 --dtype float32 --batch_size 8 --grad_accum".split(), parts]
+        models.append(gpt_v3.train(gpt_v3.parse_args(args))[0])
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+@slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_compile_changes_nothing_but_speed(script, capsys):
+    losses, keys = [], []
+    for flag in ("--no-compile", "--compile"):
+        config = script.parse_args([*QUICK, *"--dropout 0 --dtype float32".split(), flag])
+        model, _ = script.train(config)
+        keys.append(list(model.state_dict()))
+        losses.append(script.estimate_loss(model, script.load_data(config)[0], config))
+        assert config.compile == (flag == "--compile")  # no fallback to eager
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and keys[0] == keys[1]
+
+
+@slow
+def test_without_a_compiler_the_run_goes_on_eager(tmp_path):
+    env = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    out, err = run("gpt_v3.py", *QUICK, "--compile", env=env)
+    assert err.startswith("warning: going on without --compile: ") and "final: " in out and ", eager" in out
+
+
+def test_long_runs_on_a_cpu_are_announced():
+    out, _ = run("gpt.py", *QUICK)
+    assert re.search(r"this will take about \d+:\d\d \(minutes:seconds\) on the CPU; --tiny", out)
+
+
+def test_no_progress_line_when_piped():
+    assert "\r" not in run("gpt.py", *QUICK, "--max_iters", "300", "--eval_interval", "300")[0]
+
+
+# --- Bad input ---------------------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    ("--n_emb 32", "unrecognized arguments: --n_emb 32"),
+    ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ("--n_embd 100 --n_head 6", "--n_embd 100 is not a multiple of --n_head 6"),
+    ("--n_embd 0", "argument --n_embd: 0 is not in the range [1, inf)"),
+    ("--n_embd 3.5", "argument --n_embd: invalid int value: '3.5'"),
+    ("--n_head", "argument --n_head: expected one argument"),
+    ("--max_iters 0", "argument --max_iters: 0 is not in the range [1, inf)"),
+    ("--eval_interval -3", "argument --eval_interval: -3 is not in the range [1, inf)"),
+    ("--dropout 1", "argument --dropout: 1 is not in the range [0, 1)"),
+    ("--dropout -0.1", "argument --dropout: -0.1 is not in the range [0, 1)"),
+    ("--dropout nan", "argument --dropout: nan is not in the range [0, 1)"),
+    ("--learning_rate inf", "argument --learning_rate: inf is not in the range [0, inf)"),
+    ("--dtype float16", "argument --dtype: invalid choice: 'float16'"),
+    ("--device cuda:77", "--device cuda:77 is not there; this machine has"),
+    ("--device toaster", "--device toaster is not there; this machine has"),
+    ("--device meta", "--device meta is not there; this machine has"),
+    ("--data nowhere.txt", "--data nowhere.txt: [Errno 2] No such file or directory"),
+    ("--data empty.txt", "--data empty.txt: 0 characters to train on and 0 to validate"),
+    ("--data latin1.txt", "--data latin1.txt: 'utf-8' codec can't decode"),
+    ("--data short.txt --block_size 8", "--data short.txt: 72 characters to train on and 8 to validate; "
+                                        "--block_size 8 needs more than 8 of each"),
+    ("--data .", "--data .: [Errno 21] Is a directory"),
+    ("--csv nowhere/r.csv", "--csv nowhere/r.csv: its folder is not there or cannot be written to"),
+    ("--csv .", "--csv .: [Errno 21] Is a directory"),
+    ("--csv foreign.csv", "--csv foreign.csv: it is not a whole CSV of these scripts"),
+    ("--csv torn.csv", "--csv torn.csv: it is not a whole CSV of these scripts"),
+]
+BAD_FLAGS_V3 = [
+    ("--pe rotary", "argument --pe: invalid choice: 'rotary'"),
+    ("--pe rope --n_embd 9 --n_head 3", "--pe rope works on pairs of channels: --n_embd 9 has to be even"),
+    ("--pe sinpe --pe_at qk --n_embd 18 --n_head 6",
+     "--pe sinpe works on pairs of channels: --n_embd 18 / --n_head 6 has to be even"),
+    ("--beta2 1", "argument --beta2: 1 is not in the range [0, 1)"),
+    ("--grad_accum 3", "--batch_size 64 is not a multiple of --grad_accum 3"),
+]
+
+
+@pytest.mark.parametrize("script,flags,message", [
+    *((script, *bad) for script in (gpt, gpt_v3) for bad in BAD_FLAGS),
+    *((gpt_v3, *bad) for bad in BAD_FLAGS_V3)], ids=lambda value: getattr(value, "__name__", value))
+def test_bad_input_gets_one_line_and_touches_nothing(script, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+    Path("input.txt").write_text("some text " * 500)
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("ab" * 40)
+    Path("latin1.txt").write_bytes("déjà vu".encode("latin-1"))
+    Path("foreign.csv").write_text("a,b\n1,2\n")
+    Path("torn.csv").write_text(",".join(script.COLUMNS) + "\ngpt,None,3")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as exit:
+        script.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert err.startswith(f"{script.__name__}.py: error: {message}") and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bad_flags_end_a_script_with_status_2():
+    out, err = run("gpt_v2.py", "--n_embd", "100", status=2)
+    assert out == "" and err == "gpt_v2.py: error: --n_embd 100 is not a multiple of --n_head 6\n"
+
+
+def test_out_of_memory_names_what_to_lower(tmp_path):
+    _, err = run("gpt.py", *QUICK, "--batch_size", 10**11, "--csv", tmp_path / "r.csv", status=2)
+    assert err == f"gpt.py: error: out of memory: lower --batch_size {10**11} or --block_size 8\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("interval", ["2", "100"])
+def test_a_loss_that_is_not_finite_names_its_step_and_leaves_no_row(interval, tmp_path):
+    _, err = run("gpt_v3.py", *QUICK, "--learning_rate", "1e30", "--max_iters", 9,
+                 "--eval_interval", interval, "--csv", tmp_path / "r.csv", status=1)
+    assert err.startswith("gpt_v3.py: error: the loss is not finite at step 1; ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- CSV ---------------------------------------------------------------------------------------------------
+
+def append_many(path, writer):
+    for i in range(50):
+        gpt.append_row(path, {"experiment": writer, "n_embd": i, "data": 'a "quoted", path'})
+
+
+def test_parallel_writers_tear_no_row(tmp_path):
+    path = str(tmp_path / "r.csv")
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        pool.starmap(append_many, [(path, writer) for writer in range(4)])
+    got = sorted((int(row["experiment"]), int(row["n_embd"]), row["data"]) for row in rows(path))
+    assert got == [(writer, i, 'a "quoted", path') for writer in range(4) for i in range(50)]
+    assert Path(path).read_text().count("experiment") == 1  # one header
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("room", [0, 10, 600])  # bytes: for nothing, part of the line, part of a new file
+def test_a_full_disk_is_said_and_nothing_is_lost(room, tmp_path, capsys, monkeypatch):
+    import resource
+    monkeypatch.setattr(sys, "argv", ["gpt.py"])
+    path = tmp_path / "r.csv"
+    if room < 600:
+        gpt.append_row(str(path), {"experiment": "gpt"})
+    before = path.read_bytes() if path.exists() else b""
+    row = {"experiment": "gpt_v2", "val_loss": 1.5, "data": "x" * 500}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            gpt.append_row(str(path), row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and err.startswith(f"gpt.py: error: --csv {path}: ") and err.count("\n") == 1
+    assert "the row was gpt_v2,,,,,,1.5" in err and path.read_bytes() == before
