@@ -252,6 +252,36 @@ def estimate_loss(model, splits, config, attention_dropout=False):
 
 # --- Results ---------------------------------------------------------------------------------------------
 
+def time_left(step, iter_s, eval_s, config):
+    """From this step to the end, evaluations included, as minutes:seconds."""
+    evals = math.ceil((config.max_iters - step) / config.eval_interval)
+    return "{}:{:02}".format(*divmod(round((config.max_iters - step) * iter_s + evals * eval_s), 60))
+
+
+def report(step, losses, recent, iter_s, eval_s, config):
+    """Print the line of an evaluation; end the run if a loss, or one in the list recent, is not finite."""
+    bad = [step - len(recent) + i for i, loss in enumerate(recent) if not math.isfinite(loss)]
+    if bad or not math.isfinite(losses["train"] + losses["val"]):
+        fail(f"the loss is not finite at step {(bad + [step])[0]}; a --learning_rate below "
+             f"{config.learning_rate:g} may help", status=1)
+    tokens_per_s = config.batch_size * config.block_size / iter_s
+    speed = f"{1e3 * iter_s:.2f} ms/iter, {tokens_per_s / 1e6:.2f}M tok/s, " if step else ""
+    print(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} | {speed}"
+          f"eta {time_left(step, iter_s, eval_s, config)}", flush=True)
+
+
+@torch.compiler.set_stance("force_eager")  # for one evaluation compiling does not pay
+def result_row(model, splits, config, compile_s, train_s, iter_s, **losses):
+    """The row of a finished run: its flags, its losses, and those as published, with attention dropout on."""
+    published = estimate_loss(model, splits, config, attention_dropout=True)
+    memory = torch.cuda.max_memory_allocated(config.device) >> 20 if config.device.type == "cuda" else ""
+    return vars(config) | losses | dict(
+        experiment=model.experiment, pe_type=getattr(config, "pe", "None"), torch=torch.__version__,
+        published_train_loss=published["train"], published_val_loss=published["val"],
+        compile_s=round(compile_s, 2), train_s=round(train_s, 2), ms_per_iter=round(1e3 * iter_s, 3),
+        tokens_per_s=round(config.batch_size * config.block_size / iter_s), peak_mem_mb=memory)
+
+
 def append_row(path, row=None):
     """Append the dict row to a CSV of COLUMNS; without a row, only see to it that this will be possible.
 
@@ -286,7 +316,10 @@ def append_row(path, row=None):
 # --- Training --------------------------------------------------------------------------------------------
 
 def warm_up(model, x, y, config):
-    """Compile, or run out of memory, before the clock starts -> seconds of a first and of a second pass."""
+    """Compile, or run out of memory, before the clock starts, and say what is going to run.
+
+    Returns compile_s, the seconds of the first pass if it compiled, and iter_s, those of a later one.
+    """
     if config.compile:
         for block in model.blocks:
             block.compile()  # block by block, in place: one graph serves every layer
@@ -307,13 +340,14 @@ def warm_up(model, x, y, config):
             return warm_up(model, x, y, config)
         seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def time_left(step, iter_s, eval_s, config):
-    """From this step to the end, evaluations included, as minutes:seconds."""
-    evals = math.ceil((config.max_iters - step) / config.eval_interval)
-    return "{}:{:02}".format(*divmod(round((config.max_iters - step) * iter_s + evals * eval_s), 60))
+    compile_s, iter_s = seconds[0] * config.compile, seconds[1]
+    config.params = sum(p.numel() for p in model.parameters())
+    print(f"{model.experiment}: {config.params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, "
+          + (f"compiled in {compile_s:.1f} s" if config.compile else "eager"), flush=True)
+    if config.device.type == "cpu" and not config.tiny:
+        print(f"this will take about {time_left(-1, iter_s, config.eval_iters * iter_s, config)} "
+              "(minutes:seconds) on the CPU; --tiny takes a minute", flush=True)
+    return compile_s, iter_s
 
 
 def train(config):
@@ -325,15 +359,7 @@ def train(config):
     model = GPT(config).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     batches = torch.Generator(config.device).manual_seed(config.seed)
-    config.params = sum(p.numel() for p in model.parameters())
-    first_s, iter_s = warm_up(model, *get_batch(splits["train"], config, batches), config)
-    print(f"{model.experiment}: {config.params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, "
-          f"{'compiled' if config.compile else 'eager'}, first pass {first_s:.1f} s", flush=True)
-    if config.device.type == "cpu" and not config.tiny:
-        print(f"this will take about {time_left(-1, iter_s, config.eval_iters * iter_s, config)} "
-              "(minutes:seconds) on the CPU; --tiny takes a minute", flush=True)
-
-    tokens = config.batch_size * config.block_size  # per iteration
+    compile_s, iter_s = warm_up(model, *get_batch(splits["train"], config, batches), config)
     best_val, best_iter, train_s, eval_s, recent = math.inf, 0, 0.0, 0.0, []
     started = drawn = time.perf_counter()
     for step in range(config.max_iters + 1):
@@ -343,18 +369,10 @@ def train(config):
             started = time.perf_counter()
             losses = estimate_loss(model, splits, config)
             eval_s = time.perf_counter() - started
-            bad = [step - len(recent) + i for i, loss in enumerate(recent) if not math.isfinite(loss)]
-            if bad or not math.isfinite(losses["train"] + losses["val"]):
-                fail(f"the loss is not finite at step {(bad + [step])[0]}; a --learning_rate below "
-                     f"{config.learning_rate:g} may help", status=1)
+            iter_s = train_s / step if step else iter_s
+            report(step, losses, recent, iter_s, eval_s, config)
             if losses["val"] < best_val:
                 best_val, best_iter = losses["val"], step
-            speed = ""
-            if step:
-                iter_s = train_s / step
-                speed = f"{1e3 * iter_s:.2f} ms/iter, {tokens / iter_s / 1e6:.2f}M tok/s, "
-            print(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} | {speed}"
-                  f"eta {time_left(step, iter_s, eval_s, config)}", flush=True)
             recent, started = [], time.perf_counter()
         if step == config.max_iters:
             break
@@ -372,15 +390,9 @@ def train(config):
     print(f"final: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
           f"(best {best_val:.4f} at step {best_iter})", flush=True)
     if config.csv:
-        with torch.compiler.set_stance("force_eager"):
-            published = estimate_loss(model, splits, config, attention_dropout=True)
-        append_row(config.csv, vars(config) | dict(
-            experiment=model.experiment, pe_type=getattr(config, "pe", "None"), train_loss=losses["train"],
-            val_loss=losses["val"], best_val_loss=best_val, best_iter=best_iter,
-            published_train_loss=published["train"], published_val_loss=published["val"],
-            torch=torch.__version__, compile_s=round(config.compile * first_s, 2), train_s=round(train_s, 2),
-            ms_per_iter=round(1e3 * iter_s, 3), tokens_per_s=round(tokens / iter_s),
-            peak_mem_mb=torch.cuda.max_memory_allocated() >> 20 if config.device.type == "cuda" else ""))
+        append_row(config.csv, result_row(
+            model, splits, config, train_loss=losses["train"], val_loss=losses["val"], best_val_loss=best_val,
+            best_iter=best_iter, compile_s=compile_s, train_s=train_s, iter_s=iter_s))
     return model, chars
 
 
