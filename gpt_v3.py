@@ -1,9 +1,10 @@
 """Changes from gpt_v2.py: one projection and one batch for all heads (CausalSelfAttention, as in makemore),
 GELU for ReLU, a choice of positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
+A run can be saved (--save), gone on with (--resume), sampled (--generate) and spread over GPUs (torchrun).
 
     python gpt_v3.py --tiny --pe rope --pe_at qk    # a minute on a laptop; without --tiny a few on a GPU
 """
-import argparse, csv, io, math, os, sys, time
+import argparse, csv, io, math, os, signal, sys, time, warnings
 
 import torch
 import torch.nn as nn
@@ -20,6 +21,8 @@ COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_va
            "eval_iters,learning_rate,warmup_iters,min_lr,weight_decay,beta2,grad_clip,grad_accum,dropout,"
            "seed,dtype,compile,params,device,torch,compile_s,train_s,ms_per_iter,tokens_per_s,"
            "peak_mem_mb").split(",")
+
+SHAPE = "n_embd n_head n_layer block_size pe pe_at".split()  # the flags that a saved model cannot change
 
 
 def fail(message, status=2):
@@ -70,22 +73,44 @@ def parse_args(argv=None):
     flag("--dtype", choices=["bfloat16", "float32"], default="auto", help="auto is bfloat16 where it is fast")
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
     flag("--csv", help="append a row with the final losses to this file")
+    flag("--save", help="keep the run in this file, and its best state in FILE.best, at every evaluation")
+    flag("--resume", help="go on with the run in this file")
+    flag("--generate", help="write text with the model in this file")
+    flag("--prompt", default="\n", help="what --generate begins with")
+    flag("--num_tokens", type=count, default=500, help="what --generate adds")
+    flag("--temperature", type=number(float, 0), default=1.0, help="of sampling; 0 takes the likeliest")
+    flag("--top_k", type=count, help="sample among the k likeliest only")
     flag("--sample_chars", type=number(int, 0), default=500, help="characters to write at the end")
     flag("--tiny", action="store_true", help=f"preset for a laptop, other flags win: {TINY}")
     args = parser.parse_args(argv)
     if args.tiny:
         parser.set_defaults(**TINY)
         args = parser.parse_args(argv)
+    args.stop = args.state = None
+    if args.resume or args.generate:  # the flags of the file come first: those of the command line win
+        state = load_checkpoint(args.resume or args.generate)
+        args = parser.parse_args([f"--{name}={value}" for name, value in state["flags"].items()] + argv)
+        saved, now = state["flags"], vars(args)
+        differ = [f"--{name} {now[name]} (saved: {saved.get(name)})" for name in SHAPE
+                  if now[name] != saved.get(name)]
+        if differ:
+            fail(f"{args.resume or args.generate} has a model of another shape: {', '.join(differ)}")
+        args.stop, args.state, args.save = None, state, args.save or args.resume
+    args.rank = int(os.environ.get("RANK", 0))  # torchrun sets these
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
-    if args.batch_size % args.grad_accum:
-        fail(f"--batch_size {args.batch_size} is not a multiple of --grad_accum {args.grad_accum}")
+    if args.batch_size % (args.grad_accum * args.world):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --grad_accum {args.grad_accum}"
+             + f" times {args.world} processes" * (args.world > 1))
     if args.pe != "randn" and (args.n_embd if args.pe_at == "input" else args.n_embd // args.n_head) % 2:
         fail(f"--pe {args.pe} works on pairs of channels: --n_embd {args.n_embd}"
              f"{f' / --n_head {args.n_head}' if args.pe_at == 'qk' else ''} has to be even")
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     try:
         args.device = torch.device(devices[0] if args.device == "auto" else args.device)
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not there; this machine has {', '.join(devices)}")
@@ -241,13 +266,16 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens):
-        """Continue idx (B, T) token by token -> (B, T + max_new_tokens)."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (1, T): yields max_new_tokens token ids, one at a time."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size:])  # the positions the model knows
-            probs = F.softmax(logits[:, -1], dim=-1)  # (B, vocab_size), of what follows the last token
-            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
-        return idx
+            logits = logits[:, -1] / max(temperature, 1e-6)  # (1, vocab_size), of what follows
+            if top_k and top_k < logits.shape[-1]:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
+            token = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            idx = torch.cat((idx, token), dim=1)
+            yield token.item()
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------
@@ -342,6 +370,70 @@ def append_row(path, row=None):
         fail(f"--csv {path}: {error}" + (f"; the row was {line.decode()}" if row else ""), 1 if row else 2)
 
 
+# --- Checkpoints -----------------------------------------------------------------------------------------
+
+FORMAT = "gpt_v3 1"
+
+
+def save_checkpoint(path, state):
+    """Write state by way of a temporary file, so that path always holds a whole one.
+
+    A disk that is full or gone costs a warning, neither the run nor the file of before.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        print(f"warning: --save {path}: {str(error).splitlines()[0]}; the run goes on", file=sys.stderr)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, tensors and plain types only; any other file ends the program."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError
+        state["flags"].items(), state["chars"], state["model"], state["optimizer"]
+        return state
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; a file that --save wrote is wanted")
+    except Exception:  # a damaged or hostile file can make torch.load raise anything
+        fail(f"{path}: not a file that --save wrote, or damaged")
+
+
+def restore(model, optimizer, batches, config):
+    """Put config.state into a fresh run -> step, train_s, best_val, best_iter."""
+    state = config.state
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
+        for p, moments in optimizer.state.items():
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError
+        if config.rank == 0:  # the other processes draw their dropout anew
+            torch.set_rng_state(state["rng"])
+            if config.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], config.device)
+        batches.set_state(state["batches"])
+        return int(state["step"]), float(state["train_s"]), float(state["best_val"]), int(state["best_iter"])
+    except Exception:
+        fail(f"--resume {config.resume}: damaged, or not of a {config.device.type} run")
+
+
+def has_row(path, row):
+    """Whether a CSV has this row already: the run was killed between its row and its end."""
+    if not os.path.exists(path):
+        return False
+    with open(path, newline="") as file:
+        names = COLUMNS[:COLUMNS.index("compile_s")]  # what follows is time and memory
+        new = ["" if row.get(name) is None else str(row[name]) for name in names]
+        return any([old[name] for name in names] == new for old in csv.DictReader(file))
+
+
 # --- Training --------------------------------------------------------------------------------------------
 
 def warm_up(model, x, y, config):
@@ -389,11 +481,24 @@ def learning_rate(step, config):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+def stop_requested(step, config):
+    """The number of the signal that asked this run to end, else None; all processes agree on it."""
+    if config.world == 1:
+        return config.stop
+    if step % 10:  # asking the others takes time
+        return None
+    stop = torch.tensor(config.stop or 0, device=config.device)
+    torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+    return stop.item() or None
+
+
 def train(config):
     """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     splits, chars = load_data(config)
+    if config.state and config.state["chars"] != chars:
+        fail(f"--data {config.data}: its characters are not those of {config.resume}")
     config.vocab_size = len(chars)
     model = GPT(config).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2),
@@ -402,12 +507,46 @@ def train(config):
     # bfloat16 (neither switch is of CUDA alone).
     torch.backends.cuda.enable_flash_sdp(config.device.type != "cpu" or config.block_size > 512)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(config.device.type == "cpu")
+
     batches = torch.Generator(config.device).manual_seed(config.seed)
+    parts = config.grad_accum * config.world  # of a batch, for one pass of one process
     x, y = get_batch(splits["train"], config, batches)
-    compile_s, iter_s = warm_up(model, x[::config.grad_accum], y[::config.grad_accum], config)
-    best_val, best_iter, train_s, eval_s, recent = math.inf, 0, 0.0, 0.0, []
+    compile_s, iter_s = warm_up(model, x[::parts], y[::parts], config)
+    start, train_s, best_val, best_iter = 0, 0.0, math.inf, 0
+    if config.state:
+        start, train_s, best_val, best_iter = restore(model, optimizer, batches, config)
+        if start > config.max_iters:
+            fail(f"--max_iters {config.max_iters}: the run in {config.resume} is at step {start} already")
+    replica = model
+    if config.world > 1:
+        torch.distributed.init_process_group("nccl" if config.device.type == "cuda" else "gloo")
+        if config.rank:  # other dropout than the first process
+            torch.manual_seed(config.seed + config.rank + start)
+        replica = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    def save(step, *paths):
+        if config.rank == 0:
+            flags = {name: getattr(config, name) for name in (*COLUMNS, "pe") if getattr(config, name, None)
+                     is not None and name not in ("compile", "device", "params")}
+            state = dict(format=FORMAT, flags=flags, chars=chars, step=step, model=model.state_dict(),
+                         optimizer=optimizer.state_dict()["state"], train_s=train_s, best_val=best_val,
+                         best_iter=best_iter, rng=torch.get_rng_state(), batches=batches.get_state())
+            if config.device.type == "cuda":
+                state["cuda_rng"] = torch.cuda.get_rng_state(config.device)
+            for path in paths:
+                save_checkpoint(path, state)
+
+    eval_s, recent = 0.0, []
     started = drawn = time.perf_counter()
-    for step in range(config.max_iters + 1):
+    for step in range(start, config.max_iters + 1):
+        if stop := stop_requested(step, config):
+            train_s += time.perf_counter() - started
+            if config.save:
+                save(step, config.save)
+            if config.world > 1:
+                torch.distributed.barrier()
+            kept = f"--resume {config.save} goes on from here" if config.save else "nothing is kept without --save"
+            fail(f"stopped at step {step}: {kept}", status=128 + stop)
         if step % config.eval_interval == 0 or step == config.max_iters:
             recent = torch.stack(recent).tolist() if recent else []  # waits for the device
             train_s += time.perf_counter() - started
@@ -416,16 +555,21 @@ def train(config):
             eval_s = time.perf_counter() - started
             iter_s = train_s / step if step else iter_s
             report(step, losses, recent, iter_s, eval_s, config)
-            if losses["val"] < best_val:
+            better = losses["val"] < best_val
+            if better:
                 best_val, best_iter = losses["val"], step
+            if config.save:
+                save(step, config.save, *[f"{config.save}.best"] * better)
             recent, started = [], time.perf_counter()
         if step == config.max_iters:
             break
         x, y = get_batch(splits["train"], config, batches)
         optimizer.zero_grad(set_to_none=True)
         for part in range(config.grad_accum):
+            own = slice(config.rank * config.grad_accum + part, None, parts)
+            replica.require_backward_grad_sync = part == config.grad_accum - 1  # of DDP: once an iteration
             with autocast(config):
-                _, loss = model(x[part::config.grad_accum], y[part::config.grad_accum])
+                _, loss = replica(x[own], y[own])
             (loss / config.grad_accum).backward()
         recent.append(loss.detach())  # read at the next evaluation: reading now would wait for the device
         if config.grad_clip:
@@ -439,29 +583,67 @@ def train(config):
 
     print(f"final: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
           f"(best {best_val:.4f} at step {best_iter})", flush=True)
-    if config.csv:
-        append_row(config.csv, result_row(
+    if config.csv and config.rank == 0:
+        row = result_row(
             model, splits, config, train_loss=losses["train"], val_loss=losses["val"], best_val_loss=best_val,
-            best_iter=best_iter, compile_s=compile_s, train_s=train_s, iter_s=iter_s))
+            best_iter=best_iter, compile_s=compile_s, train_s=train_s, iter_s=iter_s)
+        if not (config.resume and has_row(config.csv, row)):
+            append_row(config.csv, row)
+    if config.world > 1:
+        torch.distributed.destroy_process_group()
     return model, chars
 
 
 # --- Sample ----------------------------------------------------------------------------------------------
 
 @torch.compiler.set_stance("force_eager")  # every length is new: nothing to compile for
-def sample(model, chars, config):
-    """A text of config.sample_chars characters, drawn from the model in eval mode."""
-    start = torch.zeros((1, 1), dtype=torch.long, device=config.device)  # the first character: a new line
-    return "".join(chars[i] for i in model.eval().generate(start, config.sample_chars)[0].tolist())
+def sample(model, chars, config, prompt, num_tokens):
+    """Write prompt and num_tokens characters more to standard output, each as soon as it is drawn."""
+    unknown = [char for char in prompt if char not in chars]
+    if unknown:
+        fail(f"--prompt: the model does not know {unknown[0]!r}, only {''.join(chars)!r}")
+    start = torch.tensor([[chars.index(char) for char in prompt]], device=config.device)
+    print(prompt, end="", flush=True)
+    for token in model.eval().generate(start, num_tokens, config.temperature, config.top_k):
+        print(chars[token], end="", flush=True)
+    print()
+
+
+def load_model(config):
+    """The model of --generate and its characters."""
+    chars = config.state["chars"]
+    config.vocab_size = len(chars)
+    torch.manual_seed(config.seed)
+    model = GPT(config)
+    try:
+        model.load_state_dict(config.state["model"])
+    except Exception:
+        fail(f"--generate {config.generate}: not a file that --save wrote, or damaged")
+    return model.to(config.device), chars
 
 
 def main():
     config = parse_args()
+
+    def stop(number, frame):  # the loop sees it after its iteration; a second signal ends the program at once
+        config.stop = number
+        signal.signal(number, signal.SIG_DFL)
+
     if config.csv:
         append_row(config.csv)
+    if config.rank:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     try:
+        if config.generate:
+            sample(*load_model(config), config, config.prompt, config.num_tokens)
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         model, chars = train(config)
-        print(sample(model, chars, config))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        if config.rank == 0:
+            sample(model, chars, config, chars[0], config.sample_chars)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
