@@ -545,7 +545,7 @@ def train(config):
                 save(step, config.save)
             if config.world > 1:
                 torch.distributed.barrier()
-            kept = f"--resume {config.save} goes on from here" if config.save else "nothing is kept without --save"
+            kept = f"--resume {config.save} goes on" if config.save else "nothing is kept without --save"
             fail(f"stopped at step {step}: {kept}", status=128 + stop)
         if step % config.eval_interval == 0 or step == config.max_iters:
             recent = torch.stack(recent).tolist() if recent else []  # waits for the device
