@@ -74,11 +74,14 @@ def parse_args(argv=None):
     try:
         args.device = torch.device(devices[0] if args.device == "auto" else args.device)
         torch.zeros(1, device=args.device).item()
+        if args.device.type not in devices:
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not there; this machine has {', '.join(devices)}")
     if args.dtype == "auto":
-        fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
-        args.dtype = "bfloat16" if fast.get(args.device.type, bool)() else "float32"
+        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
+                "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
+        args.dtype = "bfloat16" if fast[args.device.type]() else "float32"
     if args.compile == "auto":
         args.compile = args.device.type == "cuda"
     return args
@@ -311,6 +314,11 @@ def append_row(path, row=None):
 
 # --- Training --------------------------------------------------------------------------------------------
 
+def out_of_memory(error):
+    """Whether this RuntimeError is a failed allocation, on a GPU or on the CPU."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
+
+
 def warm_up(model, x, y, config):
     """Compile, or run out of memory, before the clock starts, and say what is going to run.
 
@@ -328,7 +336,7 @@ def warm_up(model, x, y, config):
             loss.backward()
             loss.item()  # waits for the device
         except RuntimeError as error:
-            if "memory" in str(error) or not config.compile:
+            if out_of_memory(error) or not config.compile:
                 raise
             print(f"warning: going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
@@ -409,7 +417,7 @@ def main():
         model, chars = train(config)
         print(sample(model, chars, config))
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")
 

@@ -99,7 +99,7 @@ def test_the_diff_is_the_lesson():
 
 
 @pytest.mark.parametrize("name", ["fail", "number", "load_data", "get_batch", "autocast", "estimate_loss",
-                                  "time_left", "report", "result_row", "append_row", "warm_up", "COLUMNS"])
+                                  "time_left", "report", "result_row", "append_row", "out_of_memory", "warm_up", "COLUMNS"])
 def test_shared_parts_are_identical(name):
     if name == "COLUMNS":
         assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
@@ -520,3 +520,44 @@ def test_a_full_disk_is_said_and_nothing_is_lost(room, tmp_path, capsys, monkeyp
     err = capsys.readouterr().err
     assert exit.value.code == 1 and err.startswith(f"gpt.py: error: --csv {path}: ") and err.count("\n") == 1
     assert "the row was gpt_v2,,,,,,1.5" in err and path.read_bytes() == before
+
+
+# --- README ------------------------------------------------------------------------------------------------
+
+def flag_table():
+    """Every flag of the three scripts as a Markdown table, from the parsers themselves."""
+    parsers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("argparse.ArgumentParser.parse_args", lambda self, argv: parsers.append(self) or 1 / 0)
+        for script in SCRIPTS:
+            with pytest.raises(ZeroDivisionError):
+                script.parse_args([])
+    lines = ["| flag | default | what it is |", "|---|---|---|"]
+    shared = {action.dest for action in parsers[0]._actions}
+    for action in parsers[2]._actions[1:]:
+        names = "/".join(name for name in action.option_strings)
+        default = "" if action.default is None else f"`{action.default!r}`".replace("'", "")
+        text = (action.help or "").split(" (default")[0].replace("|", "\\|")
+        if action.dest == "tiny":
+            default, text = "", "preset for a laptop, other flags win: see `--help`"
+        lines.append(f"| `{names}` | {default} | {text}{'' if action.dest in shared else ' (gpt_v3.py)'} |")
+    return "\n".join(lines)
+
+
+def readme():
+    return (ROOT / "README.md").read_text()
+
+
+def test_readme_has_every_flag():
+    assert flag_table() in readme()
+
+
+def test_readme_has_the_literal_diff():
+    lines = difflib.unified_diff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")),
+                                 "gpt.py", "gpt_v2.py", lineterm="", n=0)
+    shown = readme().split("```diff\n")[1].split("```")[0]
+    assert shown == "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(flag_table())
