@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 # --- Flags -----------------------------------------------------------------------------------------------
 
-TINY = dict(batch_size=12, block_size=64, n_embd=128, n_head=4, n_layer=4, dropout=0.0, learning_rate=2e-3,
-            max_iters=2000)
+TINY = dict(batch_size=10, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1e-3,
+            max_iters=3000, eval_interval=1000)
 
 # The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
 COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,"
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     try:
         args.device = torch.device(devices[0] if args.device == "auto" else args.device)
-        torch.zeros(1, device=args.device).item()
+        torch.zeros(1, device=args.device)
         if args.device.type not in devices:
             raise RuntimeError
     except (RuntimeError, AssertionError):
@@ -261,11 +261,12 @@ def time_left(step, iter_s, eval_s, config):
     return "{}:{:02}".format(*divmod(round((config.max_iters - step) * iter_s + evals * eval_s), 60))
 
 
-def report(step, losses, recent, iter_s, eval_s, config):
-    """Print the line of an evaluation; end the run if a loss, or one in the list recent, is not finite."""
-    bad = [step - len(recent) + i for i, loss in enumerate(recent) if not math.isfinite(loss)]
+def report(step, losses, batch_losses, iter_s, eval_s, config):
+    """Print the line of an evaluation; end the run if a loss of it, or of a batch before, is not finite."""
+    bad = [i for i, loss in enumerate(batch_losses) if not math.isfinite(loss)]
     if bad or not math.isfinite(losses["train"] + losses["val"]):
-        fail(f"the loss is not finite at step {(bad + [step])[0]}; a --learning_rate below "
+        since = (step - 1) // config.eval_interval * config.eval_interval
+        fail(f"the loss is not finite at step {since + bad[0] if bad else step}; a --learning_rate below "
              f"{config.learning_rate:g} may help", status=1)
     tokens_per_s = config.batch_size * config.block_size / iter_s
     speed = f"{1e3 * iter_s:.2f} ms/iter, {tokens_per_s / 1e6:.2f}M tok/s, " if step else ""
@@ -368,20 +369,21 @@ def train(config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     batches = torch.Generator(config.device).manual_seed(config.seed)
     compile_s, iter_s = warm_up(model, *get_batch(splits["train"], config, batches), config)
-    best_val, best_iter, train_s, eval_s, recent = math.inf, 0, 0.0, 0.0, []
+    best_val, best_iter, train_s, eval_s = math.inf, 0, 0.0, 0.0
+    recent = torch.zeros(min(config.eval_interval, config.max_iters), device=config.device)  # batch losses
     started = drawn = time.perf_counter()
     for step in range(config.max_iters + 1):
         if step % config.eval_interval == 0 or step == config.max_iters:
-            recent = torch.stack(recent).tolist() if recent else []  # waits for the device
+            batch_losses = recent.tolist()  # waits for the device
             train_s += time.perf_counter() - started
             started = time.perf_counter()
             losses = estimate_loss(model, splits, config)
             eval_s = time.perf_counter() - started
             iter_s = train_s / step if step else iter_s
-            report(step, losses, recent, iter_s, eval_s, config)
+            report(step, losses, batch_losses, iter_s, eval_s, config)
             if losses["val"] < best_val:
                 best_val, best_iter = losses["val"], step
-            recent, started = [], time.perf_counter()
+            started = time.perf_counter()
         if step == config.max_iters:
             break
         x, y = get_batch(splits["train"], config, batches)
@@ -390,7 +392,7 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        recent.append(loss.detach())  # read at the next evaluation: reading now would wait for the device
+        recent[step % config.eval_interval] = loss.detach()  # unread until an evaluation: reading waits
         if sys.stdout.isatty() and time.perf_counter() > drawn + 0.5:
             drawn = time.perf_counter()
             print(f"step {step}/{config.max_iters}, eta {time_left(step, iter_s, eval_s, config)} ", end="\r")

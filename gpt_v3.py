@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 # --- Flags -----------------------------------------------------------------------------------------------
 
-TINY = dict(batch_size=12, block_size=64, n_embd=128, n_head=4, n_layer=4, dropout=0.0, learning_rate=4e-3,
-            max_iters=3000, warmup_iters=100, min_lr=1e-4, weight_decay=0.1, beta2=0.99, grad_clip=1.0)
+TINY = dict(batch_size=10, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1e-2,
+            max_iters=3200, eval_interval=800, warmup_iters=100, min_lr=1e-4, weight_decay=0.1, beta2=0.99)
 
 # The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
 COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,"
@@ -111,7 +111,7 @@ def parse_args(argv=None):
         args.device = torch.device(devices[0] if args.device == "auto" else args.device)
         if args.device.type == "cuda" and args.world > 1:
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=args.device).item()
+        torch.zeros(1, device=args.device)
         if args.device.type not in devices:
             raise RuntimeError
     except (RuntimeError, AssertionError):
@@ -318,11 +318,12 @@ def time_left(step, iter_s, eval_s, config):
     return "{}:{:02}".format(*divmod(round((config.max_iters - step) * iter_s + evals * eval_s), 60))
 
 
-def report(step, losses, recent, iter_s, eval_s, config):
-    """Print the line of an evaluation; end the run if a loss, or one in the list recent, is not finite."""
-    bad = [step - len(recent) + i for i, loss in enumerate(recent) if not math.isfinite(loss)]
+def report(step, losses, batch_losses, iter_s, eval_s, config):
+    """Print the line of an evaluation; end the run if a loss of it, or of a batch before, is not finite."""
+    bad = [i for i, loss in enumerate(batch_losses) if not math.isfinite(loss)]
     if bad or not math.isfinite(losses["train"] + losses["val"]):
-        fail(f"the loss is not finite at step {(bad + [step])[0]}; a --learning_rate below "
+        since = (step - 1) // config.eval_interval * config.eval_interval
+        fail(f"the loss is not finite at step {since + bad[0] if bad else step}; a --learning_rate below "
              f"{config.learning_rate:g} may help", status=1)
     tokens_per_s = config.batch_size * config.block_size / iter_s
     speed = f"{1e3 * iter_s:.2f} ms/iter, {tokens_per_s / 1e6:.2f}M tok/s, " if step else ""
@@ -544,7 +545,7 @@ def train(config):
             for path in paths:
                 save_checkpoint(path, state)
 
-    eval_s, recent = 0.0, []
+    eval_s, recent = 0.0, torch.zeros(min(config.eval_interval, config.max_iters), device=config.device)
     started = drawn = time.perf_counter()
     for step in range(start, config.max_iters + 1):
         if stop := stop_requested(step, config):
@@ -556,19 +557,19 @@ def train(config):
             kept = f"--resume {config.save} goes on" if config.save else "nothing is kept without --save"
             fail(f"stopped at step {step}: {kept}", status=128 + stop)
         if step % config.eval_interval == 0 or step == config.max_iters:
-            recent = torch.stack(recent).tolist() if recent else []  # waits for the device
+            batch_losses = recent.tolist()  # waits for the device
             train_s += time.perf_counter() - started
             started = time.perf_counter()
             losses = estimate_loss(model, splits, config)
             eval_s = time.perf_counter() - started
             iter_s = train_s / step if step else iter_s
-            report(step, losses, recent, iter_s, eval_s, config)
+            report(step, losses, batch_losses, iter_s, eval_s, config)
             better = losses["val"] < best_val
             if better:
                 best_val, best_iter = losses["val"], step
             if config.save:
                 save(step, config.save, *[f"{config.save}.best"] * better)
-            recent, started = [], time.perf_counter()
+            started = time.perf_counter()
         if step == config.max_iters:
             break
         x, y = get_batch(splits["train"], config, batches)
@@ -579,7 +580,7 @@ def train(config):
             with autocast(config):
                 _, loss = replica(x[own], y[own])
             (loss / config.grad_accum).backward()
-        recent.append(loss.detach())  # read at the next evaluation: reading now would wait for the device
+        recent[step % config.eval_interval] = loss.detach()  # unread until an evaluation: reading waits
         if config.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for group in optimizer.param_groups:
