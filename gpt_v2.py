@@ -310,7 +310,8 @@ def append_row(path, row=None):
                 file.truncate(size)
                 raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
-        fail(f"--csv {path}: {error}" + (f"; the row was {line.decode()}" if row else ""), 1 if row else 2)
+        kept = f"; the row was {line.decode().strip()}" if row else ""
+        fail(f"--csv {path}: {error}{kept}", status=1 if row else 2)
 
 
 # --- Training --------------------------------------------------------------------------------------------

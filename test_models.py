@@ -3,6 +3,7 @@
 """
 import csv
 import difflib
+import gc
 import hashlib
 import inspect
 import math
@@ -84,7 +85,8 @@ def sections(name):
 
 
 def test_scripts_have_the_same_sections_in_the_same_order():
-    assert list(sections("gpt.py")) == list(sections("gpt_v2.py")) == list(sections("gpt_v3.py"))
+    shared = [title for title in sections("gpt_v3.py") if title != "Checkpoints"]
+    assert list(sections("gpt.py")) == list(sections("gpt_v2.py")) == shared
 
 
 def test_gpt_and_gpt_v2_differ_only_in_docstring_and_model():
@@ -98,8 +100,8 @@ def test_the_diff_is_the_lesson():
     assert sum(line[0] in "+-" for line in lines) <= 20
 
 
-@pytest.mark.parametrize("name", ["fail", "number", "load_data", "get_batch", "autocast", "estimate_loss",
-                                  "time_left", "report", "result_row", "append_row", "out_of_memory", "warm_up", "COLUMNS"])
+@pytest.mark.parametrize("name", "fail number load_data get_batch autocast estimate_loss time_left report result_row "
+                                 "append_row out_of_memory warm_up COLUMNS".split())
 def test_shared_parts_are_identical(name):
     if name == "COLUMNS":
         assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
@@ -179,7 +181,7 @@ def test_rope_scores_depend_on_distance_alone():
     scores = turned_q @ turned_k.T
     for distance in (-5, 0, 7):
         diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)  # float32 table
     assert not torch.allclose(scores.diagonal(1)[0], scores.diagonal(2)[0])
 
 
@@ -278,17 +280,21 @@ def test_evaluation_memory_does_not_grow_with_eval_iters():
     config.vocab_size = 11
     model, splits = gpt_v3.GPT(config), {"train": tokens(500)}
 
-    def live_tensors_after(iters):
-        import gc
-        kept = []
+    def live_tensors_in_the_last_of(iters):
+        calls, live = [], []
+
+        def count(*_):
+            calls.append(None)
+            if len(calls) == iters:
+                live.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+
         config.eval_iters = iters
-        handle = model.register_forward_hook(
-            lambda *_: kept.append(sum(torch.is_tensor(o) for o in gc.get_objects())))
+        handle = model.register_forward_hook(count)
         gpt_v3.estimate_loss(model, splits, config)
         handle.remove()
-        return kept[-1]
+        return live[0]
 
-    assert live_tensors_after(40) <= live_tensors_after(5)
+    assert live_tensors_in_the_last_of(40) <= live_tensors_in_the_last_of(5)
 
 
 @pytest.mark.parametrize("step,rate", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.55), (100, 0.1)])
@@ -553,8 +559,8 @@ def test_readme_has_every_flag():
 
 
 def test_readme_has_the_literal_diff():
-    lines = difflib.unified_diff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")),
-                                 "gpt.py", "gpt_v2.py", lineterm="", n=0)
+    one, two = ((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py"))
+    lines = difflib.unified_diff(one, two, "gpt.py", "gpt_v2.py", lineterm="", n=0)
     shown = readme().split("```diff\n")[1].split("```")[0]
     assert shown == "\n".join(lines) + "\n"
 
