@@ -100,8 +100,8 @@ def test_the_diff_is_the_lesson():
     assert sum(line[0] in "+-" for line in lines) <= 20
 
 
-@pytest.mark.parametrize("name", "fail number load_data get_batch autocast estimate_loss time_left report result_row "
-                                 "append_row out_of_memory warm_up COLUMNS".split())
+@pytest.mark.parametrize("name", "fail number load_data get_batch autocast estimate_loss time_left report "
+                                 "result_row append_row out_of_memory warm_up COLUMNS".split())
 def test_shared_parts_are_identical(name):
     if name == "COLUMNS":
         assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
@@ -181,7 +181,8 @@ def test_rope_scores_depend_on_distance_alone():
     scores = turned_q @ turned_k.T
     for distance in (-5, 0, 7):
         diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)  # float32 table
+        same = diagonal[:1].expand_as(diagonal)
+        torch.testing.assert_close(diagonal, same, rtol=1e-4, atol=1e-5)  # the table is in float32
     assert not torch.allclose(scores.diagonal(1)[0], scores.diagonal(2)[0])
 
 
