@@ -10,8 +10,8 @@ fail() { echo "sweep.sh: error: $1" >&2; exit 2; }
 
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
-        --tiny) widths="96 192" depths="3 4 6" tiny=(--batch_size 16 --block_size 32 --max_iters 500
-                --eval_interval 250 --eval_iters 50 --learning_rate 2e-3) ;;
+        --tiny) widths="96 192" depths="3 4 6" tiny=(--batch_size 16 --block_size 32 --max_iters 1000
+                --eval_interval 500 --eval_iters 50 --learning_rate 2e-3) ;;
         --dry-run) dry_run=yes ;;
         --csv) shift; case ${1:-} in "") fail "$usage" ;; /*) csv=$1 ;; *) csv=$PWD/$1 ;; esac ;;
         *) fail "$usage" ;;
