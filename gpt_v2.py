@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 # --- Flags -----------------------------------------------------------------------------------------------
 
-TINY = dict(batch_size=10, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1e-3,
-            max_iters=3000, eval_interval=1000)
+TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.5e-3,
+            max_iters=2000, eval_interval=500, eval_iters=100)
 
 # The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
 COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,"

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 # --- Flags -----------------------------------------------------------------------------------------------
 
-TINY = dict(batch_size=10, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1e-2,
-            max_iters=3200, eval_interval=800, warmup_iters=100, min_lr=1e-4, weight_decay=0.1, beta2=0.99)
+TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.2e-2,
+            max_iters=2400, eval_interval=800, eval_iters=100, warmup_iters=100, min_lr=1e-4,
+            weight_decay=0.1, beta2=0.99)
 
 # The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
 COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,"
