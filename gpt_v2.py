@@ -24,6 +24,7 @@ COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_va
 
 def fail(message, status=2):
     """End the program with one line on standard error; status 2 is bad input, 1 a run that went wrong."""
+    message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -45,7 +46,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; --help lists the flags and what they take")
-    flag, count = parser.add_argument, number(int, 1)
+    flag, count = parser.add_argument, number(int, 1, 10**12)
     flag("--data", default="input.txt", help="text to learn from, UTF-8")
     flag("--batch_size", type=count, default=64, help="sequences per iteration")
     flag("--block_size", type=count, default=256, help="context length in characters")
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     flag("--dtype", choices=["bfloat16", "float32"], default="auto", help="auto is bfloat16 where it is fast")
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
     flag("--csv", help="append a row with the final losses to this file")
-    flag("--sample_chars", type=number(int, 0), default=500, help="characters to write at the end")
+    flag("--sample_chars", type=number(int, 0, 10**12), default=500, help="characters to write at the end")
     flag("--tiny", action="store_true", help=f"preset for a laptop, other flags win: {TINY}")
     args = parser.parse_args(argv)
     if args.tiny:
@@ -290,7 +291,7 @@ def append_row(path, row=None):
     text = io.StringIO()
     cells = [row.get(name, "") for name in COLUMNS] if row else []
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, cells])
-    header, line = text.getvalue().encode().split(b"\n", 1)
+    header, line = text.getvalue().encode(errors="surrogateescape").split(b"\n", 1)
     try:
         if row is None and not os.path.exists(path):
             if not os.access(os.path.dirname(path) or ".", os.W_OK):
@@ -310,7 +311,7 @@ def append_row(path, row=None):
                 file.truncate(size)
                 raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
-        kept = f"; the row was {line.decode().strip()}" if row else ""
+        kept = f"; the row was {line.decode(errors='replace').strip()}" if row else ""
         fail(f"--csv {path}: {error}{kept}", status=1 if row else 2)
 
 

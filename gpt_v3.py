@@ -4,7 +4,7 @@ A run can be saved (--save), gone on with (--resume), sampled (--generate) and s
 
     python gpt_v3.py --tiny --pe rope --pe_at qk    # a minute on a laptop; without --tiny a few on a GPU
 """
-import argparse, csv, io, math, os, signal, sys, time, warnings
+import argparse, contextlib, csv, io, math, os, signal, sys, time, warnings, zipfile
 
 import torch
 import torch.nn as nn
@@ -23,11 +23,14 @@ COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_va
            "seed,dtype,compile,params,device,torch,compile_s,train_s,ms_per_iter,tokens_per_s,"
            "peak_mem_mb").split(",")
 
-SHAPE = "n_embd n_head n_layer block_size pe pe_at".split()  # the flags that a saved model cannot change
+# The flags that a saved run keeps, and those of them that its model cannot change.
+SHAPE = "n_embd n_head n_layer block_size pe pe_at".split()
+KEPT = [*SHAPE, *COLUMNS[COLUMNS.index("data"):COLUMNS.index("compile")]]
 
 
 def fail(message, status=2):
     """End the program with one line on standard error; status 2 is bad input, 1 a run that went wrong."""
+    message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -49,7 +52,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; --help lists the flags and what they take")
-    flag, count = parser.add_argument, number(int, 1)
+    flag, count = parser.add_argument, number(int, 1, 10**12)
     flag("--data", default="input.txt", help="text to learn from, UTF-8")
     flag("--batch_size", type=count, default=64, help="sequences per iteration")
     flag("--block_size", type=count, default=256, help="context length in characters")
@@ -63,7 +66,7 @@ def parse_args(argv=None):
     flag("--dropout", type=number(float, 0, 1), default=0.2, help="share of activations dropped in training")
     flag("--pe", choices=["randn", "sinpe", "rope"], default="sinpe", help="positional encoding")
     flag("--pe_at", choices=["input", "qk"], default="input", help="of embeddings, or of q and k in heads")
-    flag("--warmup_iters", type=number(int, 0), default=0, help="iterations of linear warm-up")
+    flag("--warmup_iters", type=number(int, 0, 10**12), default=0, help="iterations of linear warm-up")
     flag("--min_lr", type=number(float, 0), help="decay to it by a cosine; None keeps the rate constant")
     flag("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's")
     flag("--beta2", type=number(float, 0, 1), default=0.999, help="AdamW's memory of squared gradients")
@@ -75,28 +78,30 @@ def parse_args(argv=None):
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
     flag("--csv", help="append a row with the final losses to this file")
     flag("--save", help="keep the run in this file, and its best state in FILE.best, at every evaluation")
-    flag("--resume", help="go on with the run in this file")
-    flag("--generate", help="write text with the model in this file")
-    flag("--prompt", default="\n", help="what --generate begins with")
-    flag("--num_tokens", type=count, default=500, help="what --generate adds")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--resume", help="go on with the run in this file, and keep it there")
+    one("--generate", help="write text with the model in this file")
+    flag("--prompt", help="what --generate begins with; None is the first character it knows")
+    flag("--num_tokens", type=number(int, 0, 10**12), default=500, help="what --generate adds")
     flag("--temperature", type=number(float, 0), default=1.0, help="of sampling; 0 takes the likeliest")
     flag("--top_k", type=count, help="sample among the k likeliest only")
-    flag("--sample_chars", type=number(int, 0), default=500, help="characters to write at the end")
+    flag("--sample_chars", type=number(int, 0, 10**12), default=500, help="characters to write at the end")
     flag("--tiny", action="store_true", help=f"preset for a laptop, other flags win: {TINY}")
     args = parser.parse_args(argv)
-    if args.tiny:
-        parser.set_defaults(**TINY)
-        args = parser.parse_args(argv)
-    args.stop = args.state = None
-    if args.resume or args.generate:  # the flags of the file come first: those of the command line win
-        state = load_checkpoint(args.resume or args.generate)
-        args = parser.parse_args([f"--{name}={value}" for name, value in state["flags"].items()] + argv)
-        saved, now = state["flags"], vars(args)
-        differ = [f"--{name} {now[name]} (saved: {saved.get(name)})" for name in SHAPE
-                  if now[name] != saved.get(name)]
+    file = args.resume or args.generate
+    state = load_checkpoint(file) if file else None
+    preset = state["flags"] if state else TINY if args.tiny else {}
+    args = parser.parse_args([f"--{name}={value}" for name, value in preset.items()] + argv)
+    if state:
+        differ = [f"--{name} {vars(args)[name]} (saved: {preset.get(name)})" for name in SHAPE
+                  if vars(args)[name] != preset.get(name)]
         if differ:
-            fail(f"{args.resume or args.generate} has a model of another shape: {', '.join(differ)}")
-        args.stop, args.state, args.save = None, state, args.save or args.resume
+            fail(f"{file} has a model of another shape: {', '.join(differ)}")
+        if args.resume and state["step"] > args.max_iters:
+            fail(f"--max_iters {args.max_iters}: the run in {file} is at step {state['step']} already")
+        args.save = args.save or args.resume
+        args.tiny = True  # no need to recommend it
+    args.stop, args.state = None, state  # the signal that ends the run, the saved run that it goes on with
     args.rank = int(os.environ.get("RANK", 0))  # torchrun sets these
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     if args.n_embd % args.n_head:
@@ -112,6 +117,7 @@ def parse_args(argv=None):
         args.device = torch.device(devices[0] if args.device == "auto" else args.device)
         if args.device.type == "cuda" and args.world > 1:
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)  # for nccl
         torch.zeros(1, device=args.device)
         if args.device.type not in devices:
             raise RuntimeError
@@ -352,7 +358,7 @@ def append_row(path, row=None):
     text = io.StringIO()
     cells = [row.get(name, "") for name in COLUMNS] if row else []
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, cells])
-    header, line = text.getvalue().encode().split(b"\n", 1)
+    header, line = text.getvalue().encode(errors="surrogateescape").split(b"\n", 1)
     try:
         if row is None and not os.path.exists(path):
             if not os.access(os.path.dirname(path) or ".", os.W_OK):
@@ -372,7 +378,7 @@ def append_row(path, row=None):
                 file.truncate(size)
                 raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
-        kept = f"; the row was {line.decode().strip()}" if row else ""
+        kept = f"; the row was {line.decode(errors='replace').strip()}" if row else ""
         fail(f"--csv {path}: {error}{kept}", status=1 if row else 2)
 
 
@@ -381,29 +387,50 @@ def append_row(path, row=None):
 FORMAT = "gpt_v3 1"
 
 
-def save_checkpoint(path, state):
-    """Write state by way of a temporary file, so that path always holds a whole one.
-
-    A disk that is full or gone costs a warning, neither the run nor the file of before.
-    """
+def check_save(config):
+    """Refuse, before anything is computed, a --save that cannot be written or would replace another run."""
+    if config.save != config.resume and any(map(os.path.lexists, (config.save, f"{config.save}.best"))):
+        fail(f"--save {config.save}: it or its .best is there already; --resume goes on with a run")
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        print(f"warning: --save {path}: {str(error).splitlines()[0]}; the run goes on", file=sys.stderr)
+        open(f"{config.save}.tmp", "wb").close()
+        os.remove(f"{config.save}.tmp")
+    except OSError as error:
+        fail(f"--save {config.save}: {error.strerror}")
+
+
+def save_checkpoint(state, paths):
+    """Write state to paths, each by way of a temporary file: what has such a name is always whole.
+
+    A disk that is full or gone costs one line, neither the run nor the files of before.
+    """
+    data = io.BytesIO()
+    torch.save(state, data)
+    for path in paths:
+        try:
+            with open(f"{path}.tmp", "wb") as file:
+                file.write(data.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.tmp", path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.tmp")
+            return print(f"warning: --save {path}: {error.strerror}; the run goes on", file=sys.stderr)
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, tensors and plain types only; any other file ends the program."""
+    """What save_checkpoint wrote. Any other file ends the program, and nothing in it is executed."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(path) as file, warnings.catch_warnings(action="ignore"):
+            if file.testzip():  # a byte of this member has changed, which torch.load does not notice
+                raise ValueError
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
+        flags, chars, model = state["flags"], state["chars"], state["model"]
+        if (state["format"] != FORMAT or set(flags) - set(KEPT) or chars != sorted(set("".join(chars)))
+                or model["wte.weight"].shape != (len(chars), flags["n_embd"]) or len(model) < flags["n_layer"]
+                or not 0 <= state["step"] or not 0 <= state["best_iter"] or not 0 <= state["train_s"]
+                or not 0 <= state["best_val"]):
             raise ValueError
-        state["flags"].items(), state["chars"], state["model"], state["optimizer"]
         return state
     except OSError as error:
         fail(f"{path}: {error.strerror}; a file that --save wrote is wanted")
@@ -413,13 +440,14 @@ def load_checkpoint(path):
 
 def restore(model, optimizer, batches, config):
     """Put config.state into a fresh run -> step, train_s, best_val, best_iter."""
-    state = config.state
+    state, config.state = config.state, None  # its memory is free after this
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
         for p, moments in optimizer.state.items():
-            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                raise ValueError
+            for moment in moments["exp_avg"], moments["exp_avg_sq"]:
+                if moment.shape != p.shape or moment.dtype != p.dtype:
+                    raise ValueError
         if config.rank == 0:  # the other processes draw their dropout anew
             torch.set_rng_state(state["rng"])
             if config.device.type == "cuda":
@@ -434,10 +462,11 @@ def has_row(path, row):
     """Whether a CSV has this row already: the run was killed between its row and its end."""
     if not os.path.exists(path):
         return False
-    with open(path, newline="") as file:
-        names = COLUMNS[:COLUMNS.index("compile_s")]  # what follows is time and memory
-        new = ["" if row.get(name) is None else str(row[name]) for name in names]
-        return any([old[name] for name in names] == new for old in csv.DictReader(file))
+    text = io.StringIO()
+    csv.writer(text, lineterminator=",").writerow(  # what follows is time and memory
+        [row.get(name, "") for name in COLUMNS[:COLUMNS.index("compile_s")]])
+    with open(path, "rb") as file:
+        return b"\n" + text.getvalue().encode(errors="surrogateescape") in file.read()
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -503,6 +532,17 @@ def stop_requested(step, config):
     return stop.item() or None
 
 
+def end(stop, step, config):
+    """End every process of the run with the status of the signal stop; the first one says how to go on."""
+    kept = config.save and os.path.exists(config.save)
+    if config.rank == 0:
+        print(f"stopped at step {step}: {f'--resume {config.save} goes on' if kept else 'nothing was saved'}",
+              file=sys.stderr, flush=True)
+    if config.world > 1:
+        torch.distributed.barrier()  # torchrun ends the others as soon as one has ended
+    sys.exit(128 + stop)
+
+
 def train(config):
     """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
     torch.manual_seed(config.seed)
@@ -526,8 +566,6 @@ def train(config):
     start, train_s, best_val, best_iter = 0, 0.0, math.inf, 0
     if config.state:
         start, train_s, best_val, best_iter = restore(model, optimizer, batches, config)
-        if start > config.max_iters:
-            fail(f"--max_iters {config.max_iters}: the run in {config.resume} is at step {start} already")
     replica = model
     if config.world > 1:
         torch.distributed.init_process_group("nccl" if config.device.type == "cuda" else "gloo")
@@ -535,17 +573,15 @@ def train(config):
             torch.manual_seed(config.seed + config.rank + start)
         replica = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
-    def save(step, *paths):
+    def save(*paths):
         if config.rank == 0:
-            flags = {name: getattr(config, name) for name in (*COLUMNS, "pe") if getattr(config, name, None)
-                     is not None and name not in ("compile", "device", "params")}
+            flags = {name: vars(config)[name] for name in KEPT if vars(config)[name] is not None}
             state = dict(format=FORMAT, flags=flags, chars=chars, step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict()["state"], train_s=train_s, best_val=best_val,
                          best_iter=best_iter, rng=torch.get_rng_state(), batches=batches.get_state())
             if config.device.type == "cuda":
                 state["cuda_rng"] = torch.cuda.get_rng_state(config.device)
-            for path in paths:
-                save_checkpoint(path, state)
+            save_checkpoint(state, paths)
 
     eval_s, recent = 0.0, torch.zeros(min(config.eval_interval, config.max_iters), device=config.device)
     started = drawn = time.perf_counter()
@@ -553,11 +589,8 @@ def train(config):
         if stop := stop_requested(step, config):
             train_s += time.perf_counter() - started
             if config.save:
-                save(step, config.save)
-            if config.world > 1:
-                torch.distributed.barrier()
-            kept = f"--resume {config.save} goes on" if config.save else "nothing is kept without --save"
-            fail(f"stopped at step {step}: {kept}", status=128 + stop)
+                save(config.save)
+            end(stop, step, config)
         if step % config.eval_interval == 0 or step == config.max_iters:
             batch_losses = recent.tolist()  # waits for the device
             train_s += time.perf_counter() - started
@@ -570,7 +603,8 @@ def train(config):
             if better:
                 best_val, best_iter = losses["val"], step
             if config.save:
-                save(step, config.save, *[f"{config.save}.best"] * better)
+                # The best first: killed between the two, the run goes on from before both.
+                save(*[f"{config.save}.best"] * better, config.save)
             started = time.perf_counter()
         if step == config.max_iters:
             break
@@ -610,6 +644,7 @@ def train(config):
 @torch.compiler.set_stance("force_eager")  # every length is new: nothing to compile for
 def sample(model, chars, config, prompt, num_tokens):
     """Write prompt and num_tokens characters more to standard output, each as soon as it is drawn."""
+    prompt = prompt or chars[0]
     unknown = [char for char in prompt if char not in chars]
     if unknown:
         fail(f"--prompt: the model does not know {unknown[0]!r}, only {''.join(chars)!r}")
@@ -638,27 +673,36 @@ def main():
 
     def stop(number, frame):  # the loop sees it after its iteration; a second signal ends the program at once
         config.stop = number
-        signal.signal(number, signal.SIG_DFL)
+        handle_signals(signal.SIG_DFL)
+
+    def handle_signals(handler):
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
 
     if config.csv:
         append_row(config.csv)
+    if config.save and config.rank == 0 and not config.generate:
+        check_save(config)
     if config.rank:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     try:
         if config.generate:
             sample(*load_model(config), config, config.prompt, config.num_tokens)
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        handle_signals(stop)
         model, chars = train(config)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        handle_signals(signal.SIG_DFL)
         if config.rank == 0:
-            sample(model, chars, config, chars[0], config.sample_chars)
+            sample(model, chars, config, None, config.sample_chars)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + 13)  # as a program that SIGPIPE ended
     except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")
+        if out_of_memory(error):
+            fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")
+        if config.generate:  # weights that are not numbers
+            fail(f"--generate {config.generate}: {str(error).splitlines()[0]}")
+        raise
 
 
 if __name__ == "__main__":
