@@ -106,7 +106,7 @@ finish() {
     while true; do
         for slot in "${!pids[@]}"; do
             kill -0 "${pids[slot]}" 2> /dev/null && continue
-            wait "${pids[slot]}"
+            wait "${pids[slot]}" 2> /dev/null # without "Exit 1" in bash 3.2
             status=$? index=${running[slot]}
             if [ $status -eq 0 ]; then finished=$((finished + 1))
             else failed+=("failed with exit status $status: ${runs[index]}"); fi

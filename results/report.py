@@ -3,8 +3,8 @@
     python results/report.py results/sweep.csv            # write them
     python results/report.py results/sweep.csv --check    # only fail if they are not what the CSV gives
 
-A block of README.md from <!-- report:sweep NAME --> to <!-- /report --> holds the table NAME of sweep.csv, which
-is one of summary, runs, pe_type, n_embd, n_head, n_layer, seeds, published. Where README.md has no block of a
+A block of README.md from <!-- report:sweep NAME --> to <!-- /report --> holds the table NAME of sweep.csv,
+one of summary, runs, pe_type, n_embd, n_head, n_layer, seeds, published. Where README.md has no block of a
 CSV, its tables are printed. The CSV may hold any part of the sweep, with one seed a run or several, but only
 one setting of all other flags. seed.csv holds the losses that were published for the experiment.
 """
@@ -335,7 +335,7 @@ def params_figure(runs, published):
                     sizes[mean(rows, "params")].append(mean(rows, name))
             axes.plot(sorted(sizes), [statistics.mean(sizes[x]) for x in sorted(sizes)], color=PES[pe])
             ticks |= set(sizes)
-        axes.set(xlabel="parameters, millions", ylabel=f"final {title}", xscale="log" if ticks else "linear",
+        axes.set(xlabel="parameters, millions", ylabel=f"final {title}", xscale="log",
                  title=f"{title.capitalize()} against size")
         axes.set_xticks(sorted(ticks), [f"{size / 1e6:.3g}" for size in sorted(ticks)])
         axes.minorticks_off()
@@ -384,7 +384,9 @@ def diagonal(axes):
     axes.axis(limits)
 
 
-FIGURES = {"losses": losses_figure, "params": params_figure, "pe": pe_figure, "published": published_figure}
+FIGURES = {  # each with the column that it cannot be drawn without
+    "losses": (losses_figure, "train_loss"), "params": (params_figure, "params"),
+    "pe": (pe_figure, "val_loss"), "published": (published_figure, "published_val_loss")}
 
 
 # --- Writing -----------------------------------------------------------------------------------------------
@@ -413,8 +415,9 @@ def main():
     made_from = hashlib.sha256()
     for path in (args.csv, PUBLISHED, Path(__file__)):
         made_from.update(path.read_bytes())
-    figures = {name: args.csv.with_name(f"{args.csv.stem}_{name}.png") for name in FIGURES}
-    for path in figures.values():
+    figures = {args.csv.with_name(f"{args.csv.stem}_{name}.png"): draw
+               for name, (draw, column) in FIGURES.items() if any(losses(rows, column) for rows in runs.values())}
+    for path in figures:
         if not path.exists() or made_from.hexdigest().encode() not in path.read_bytes():
             stale.append(str(path))
     if args.check:
@@ -429,8 +432,8 @@ def main():
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
                      "axes.grid": True, "grid.color": "0.93", "axes.titlelocation": "left",
                      "axes.titleweight": "bold", "axes.titlesize": 11, "figure.constrained_layout.use": True}
-    for name, path in figures.items():
-        figure = FIGURES[name](runs, published)
+    for path, draw in figures.items():
+        figure = draw(runs, published)
         figure.savefig(path, dpi=140, metadata={"Source": made_from.hexdigest()})
         plt.close(figure)
     print(f"{args.csv}: {len(runs)} runs, {len(missing(runs))} of 56 missing", file=sys.stderr)
