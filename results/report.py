@@ -416,7 +416,8 @@ def main():
     for path in (args.csv, PUBLISHED, Path(__file__)):
         made_from.update(path.read_bytes())
     figures = {args.csv.with_name(f"{args.csv.stem}_{name}.png"): draw
-               for name, (draw, column) in FIGURES.items() if any(losses(rows, column) for rows in runs.values())}
+               for name, (draw, column) in FIGURES.items()
+               if any(losses(rows, column) for rows in runs.values())}
     for path in figures:
         if not path.exists() or made_from.hexdigest().encode() not in path.read_bytes():
             stale.append(str(path))
