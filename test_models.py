@@ -888,6 +888,19 @@ def test_a_difference_smaller_than_the_spread_is_noise(tmp_path):
             "| -0.0010 (noise) | -0.1000 | -0.0990 |\n") in table
 
 
+def test_both_panels_of_the_encodings_have_the_same_rows():
+    module = load_report()
+    runs = module.read(module.PUBLISHED)  # of some of these only one loss is known
+    figure = module.pe_figure(runs, {})
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    row = labels.index("768 wide, 8 heads, 12 layers")
+    for axes, name in zip(figure.axes, module.LOSSES):
+        drawn = sorted(line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"
+                       and line.get_ydata()[0] == row)
+        values = [float(rows[0][name]) for run, rows in runs.items() if run[2:] == (768, 8, 12)]
+        assert drawn == pytest.approx(sorted(value - sum(values) / 3 for value in values))
+
+
 def test_comparison_with_the_published_losses(tmp_path):
     module = load_report()
     published = module.read(module.PUBLISHED)

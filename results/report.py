@@ -346,12 +346,13 @@ def params_figure(runs, published):
 def pe_figure(runs, published):
     """What the encodings change in each configuration: the loss less the mean of the three."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 5.6), sharey=True)
-    for axes, (name, title) in zip(panels, LOSSES.items()):
-        levels, table = matched(runs, "pe_type", name)
-        rests = sorted((rest for rest in table if len(table[rest]) == 3), reverse=True)
-        for y, rest in enumerate(rests):
-            middle = statistics.mean(mean(rows, name) for rows in table[rest].values())
-            for level, rows in table[rest].items():
+    tables = [{rest: row for rest, row in matched(runs, "pe_type", name)[1].items() if len(row) == 3}
+              for name in LOSSES]
+    rests = sorted({rest for table in tables for rest in table}, reverse=True)
+    for axes, table, (name, title) in zip(panels, tables, LOSSES.items()):
+        for rest, row in table.items():
+            middle, y = statistics.mean(mean(rows, name) for rows in row.values()), rests.index(rest)
+            for level, rows in row.items():
                 axes.errorbar(mean(rows, name) - middle, y, xerr=spread(rows, name) or None, fmt="o",
                               color=PES[level], markeredgecolor="white", markersize=7, elinewidth=1)
         axes.axvline(0, color="0.7", linewidth=1, zorder=0)
