@@ -425,12 +425,15 @@ def load_checkpoint(path):
             if file.testzip():  # a byte of this member has changed, which torch.load does not notice
                 raise ValueError
             state = torch.load(path, map_location="cpu", weights_only=True)
-        flags, chars, model = state["flags"], state["chars"], state["model"]
-        if (state["format"] != FORMAT or set(flags) - set(KEPT) or chars != sorted(set("".join(chars)))
-                or model["wte.weight"].shape != (len(chars), flags["n_embd"]) or len(model) < flags["n_layer"]
-                or not 0 <= state["step"] or not 0 <= state["best_iter"] or not 0 <= state["train_s"]
-                or not 0 <= state["best_val"]):
-            raise ValueError
+            flags, chars, model = state["flags"], state["chars"], state["model"]
+            if (state["format"] != FORMAT or set(flags) - set(KEPT) or chars != sorted(set("".join(chars)))
+                    or model["wte.weight"].shape != (len(chars), flags["n_embd"])
+                    or len(model) < flags["n_layer"]
+                    or not all(isinstance(moments, dict) for moments in state["optimizer"].values())
+                    or not 0 <= state["step"] or not 0 <= state["best_iter"]
+                    or not 0 <= state["train_s"] < 1e12
+                    or not 0 <= state["best_val"]):
+                raise ValueError
         return state
     except OSError as error:
         fail(f"{path}: {error.strerror}; a file that --save wrote is wanted")
