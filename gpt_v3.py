@@ -425,12 +425,15 @@ def load_checkpoint(path):
             if file.testzip():  # a byte of this member has changed, which torch.load does not notice
                 raise ValueError
             state = torch.load(path, map_location="cpu", weights_only=True)
-        flags, chars, model = state["flags"], state["chars"], state["model"]
-        if (state["format"] != FORMAT or set(flags) - set(KEPT) or chars != sorted(set("".join(chars)))
-                or model["wte.weight"].shape != (len(chars), flags["n_embd"]) or len(model) < flags["n_layer"]
-                or not 0 <= state["step"] or not 0 <= state["best_iter"] or not 0 <= state["train_s"]
-                or not 0 <= state["best_val"]):
-            raise ValueError
+            flags, chars, model = state["flags"], state["chars"], state["model"]
+            if (state["format"] != FORMAT or set(flags) - set(KEPT) or chars != sorted(set("".join(chars)))
+                    or model["wte.weight"].shape != (len(chars), flags["n_embd"])
+                    or len(model) < flags["n_layer"]
+                    or not all(isinstance(moments, dict) for moments in state["optimizer"].values())
+                    or not 0 <= state["step"] or not 0 <= state["best_iter"]
+                    or not 0 <= state["train_s"] < 1e12
+                    or not 0 <= state["best_val"]):
+                raise ValueError
         return state
     except OSError as error:
         fail(f"{path}: {error.strerror}; a file that --save wrote is wanted")
@@ -445,8 +448,8 @@ def restore(model, optimizer, batches, config):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
         for p, moments in optimizer.state.items():
-            for moment in moments["exp_avg"], moments["exp_avg_sq"]:
-                if moment.shape != p.shape or moment.dtype != p.dtype:
+            for name, like in dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p).items():
+                if (moments[name].shape, moments[name].dtype) != (like.shape, like.dtype):
                     raise ValueError
         if config.rank == 0:  # the other processes draw their dropout anew
             torch.set_rng_state(state["rng"])
@@ -571,7 +574,8 @@ def train(config):
         torch.distributed.init_process_group("nccl" if config.device.type == "cuda" else "gloo")
         if config.rank:  # other dropout than the first process
             torch.manual_seed(config.seed + config.rank + start)
-        replica = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        replica = nn.parallel.DistributedDataParallel(model)
+        replica.broadcast_buffers = False  # they never change
 
     def save(*paths):
         if config.rank == 0:
@@ -599,12 +603,11 @@ def train(config):
             eval_s = time.perf_counter() - started
             iter_s = train_s / step if step else iter_s
             report(step, losses, batch_losses, iter_s, eval_s, config)
-            better = losses["val"] < best_val
+            better = losses["val"] < best_val or step == best_iter  # resumed, it may lack its FILE.best
             if better:
                 best_val, best_iter = losses["val"], step
             if config.save:
-                # The best first: killed between the two, the run goes on from before both.
-                save(*[f"{config.save}.best"] * better, config.save)
+                save(config.save, *[f"{config.save}.best"] * better)
             started = time.perf_counter()
         if step == config.max_iters:
             break
@@ -634,6 +637,7 @@ def train(config):
             best_iter=best_iter, compile_s=compile_s, train_s=train_s, iter_s=iter_s)
         if not (config.resume and has_row(config.csv, row)):
             append_row(config.csv, row)
+    del replica  # before its process group: in the other order their threads can wait for each other
     if config.world > 1:
         torch.distributed.destroy_process_group()
     return model, chars
