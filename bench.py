@@ -208,7 +208,8 @@ def peak_mib(call, device):
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
         call()
     with tempfile.TemporaryDirectory() as folder:
         prof.export_chrome_trace(f"{folder}/trace.json")
@@ -222,7 +223,8 @@ def matmul_rates(device):
     n, rates = 8192 if device.type == "cuda" else 2048, {}
     for name, dtype in DTYPES.items():
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        rates[name] = 2e3 * n**3 / statistics.median(ms for _ in range(5) for ms in clock(lambda: a @ b, device))
+        times = [ms for _ in range(5) for ms in clock(lambda: a @ b, device)]
+        rates[name] = 2e3 * n**3 / statistics.median(times)
     return rates
 
 
@@ -326,10 +328,11 @@ def step_rows(rates, args):
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         shape = {name: getattr(config, name) for name in
                  ("batch_size", "block_size", "n_embd", "n_head", "n_layer", "dropout")}
+        token_flops = 6 * (linear + config.n_layer * config.block_size * config.n_embd)
         rows.append(shape | {
             "script": model.experiment, "rung": rung, "dtype": dtype, "peak_mib": peak, "note": note,
-            "first_step_s": None if rung == "+ fused AdamW" else seconds, "flops":
-            6 * config.batch_size * config.block_size * (linear + config.n_layer * config.block_size * config.n_embd)})
+            "first_step_s": None if rung == "+ fused AdamW" else seconds,
+            "flops": token_flops * config.batch_size * config.block_size})
         calls.append(step)
     for row in take_turns(rows, calls, rates, args):
         if not row["note"]:
@@ -472,8 +475,8 @@ def main():
             rows += attention_rows(*configuration, rates, args)
     command = " ".join(["python", "bench.py", *sys.argv[1:]])
     print(f"`{command}` on {machine}, torch {torch.__version__}, batch {rows[0]['batch_size']}"
-          f"{' (smaller than on a GPU)' * (args.device.type == 'cpu')}: the median time (and quartiles) of n >= "
-          f"{min((row['n'] for row in rows if not row['note']), default=0)}, TFLOP/s (and share of the "
+          f"{' (smaller than on a GPU)' * (args.device.type == 'cpu')}: the median time (and quartiles) of "
+          f"n >= {min((row['n'] for row in rows if not row['note']), default=0)}, TFLOP/s (and share of the "
           + " and ".join(f"{rate / 1e12:.2g} of a {name}" for name, rate in rates.items())
           + " matrix product), memory allocated at the peak beyond what was there before.\n")
     for i, line in enumerate(table(rows)):
