@@ -32,7 +32,6 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as some
-from torch.nn import functional as F
 
 import gpt
 import gpt_v2
@@ -47,6 +46,7 @@ QUICK = ("--batch_size 4 --block_size 8 --n_embd 16 --n_head 2 --n_layer 2 --max
 
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to declare it in
 slow = pytest.mark.slow  # more than a few seconds
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
 
 @pytest.fixture(autouse=True)
@@ -950,6 +950,11 @@ def test_a_report_refuses_other_files(capsys):
         assert exit.value.code == 2 and err.startswith(f"report.py: error: {path}: {message}")
 
 
+# 40 iterations and 7 evaluations in a third of a second, with everything that resuming has to bring back.
+RUN = [*QUICK, *("--max_iters 40 --eval_interval 7 --dropout 0.3 --learning_rate 1e-2 --warmup_iters 5 "
+                 "--min_lr 1e-4 --sample_chars 0").split()]
+
+
 # --- A process that forks runs: torch is imported once -----------------------------------------------------
 
 def patch(target, call, action):
@@ -1551,6 +1556,222 @@ def test_any_damage_to_a_csv_is_refused_in_one_line_or_kept(tmp_path_factory, ed
             assert path.read_bytes().startswith(before) and gpt_v3.has_row(path, row)
         except SystemExit as exit:
             assert exit.code == 2 and len(err.getvalue().splitlines()) == 1 and path.read_bytes() == before
+
+
+# --- bench.py ---------------------------------------------------------------------------------------------
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import gpt
+
+ROOT = Path(__file__).parent
+slow = pytest.mark.slow
+# from here on
+# --- The benchmark -----------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+BENCH = ("--T 16 --n_head 2 --n_embd 32 --batch_size 2 --rounds 1 --device cpu").split()
+
+
+def run_bench(*args, **kwargs):
+    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, args)], capture_output=True, text=True,
+                          timeout=200, **kwargs)
+
+
+def test_manual_is_the_arithmetic_of_head():
+    torch.manual_seed(0)
+    head = gpt.Head(SimpleNamespace(n_embd=24, n_head=3, block_size=10, dropout=0.0)).double()
+    x = torch.randn(2, 7, 24, dtype=torch.double)
+    q, k, v = (part(x).unsqueeze(1) for part in (head.query, head.key, head.value))
+    mask = torch.tril(torch.ones(7, 7, dtype=torch.bool))
+    torch.testing.assert_close(bench.manual(q, k, v, mask, 0.0).squeeze(1), head(x), rtol=0, atol=1e-14)
+
+
+def drops_three_sixteenths(q, k, v, mask, dropout):
+    return bench.manual(q, k, v, mask, 3 / 16 if dropout else 0.0)
+
+
+def drops_nothing(q, k, v, mask, dropout):
+    return bench.manual(q, k, v, mask, 0.0)
+
+
+def not_causal(q, k, v, mask, dropout):
+    return bench.manual(q, k, v, torch.ones_like(mask), dropout)
+
+
+class OtherDropoutInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.dropout = dropout
+        return bench.manual(q, k, v, mask, dropout)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, mask = ctx.saved_tensors
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out = bench.manual(*inputs, mask, ctx.dropout)
+        return *torch.autograd.grad(out, inputs, grad), None, None
+
+
+@pytest.mark.parametrize("dtype", bench.DTYPES.values())
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_check_tells_right_from_wrong(dtype, dropout):
+    torch.manual_seed(0)
+    mask = torch.tril(torch.ones(256, 256, dtype=torch.bool))
+    inputs = bench.draw(3, 6, 256, 64, dtype, CPU)
+    limit = bench.tolerance(dtype, CPU)
+    for name in ["manual", "SDPA math", "SDPA math, bf16 sums"] + ["SDPA flash"] * (not dropout):
+        assert bench.max_error(bench.CONTENDERS[name], *inputs, mask, dropout, True) < limit / 2, name
+    assert bench.max_error(not_causal, *inputs, mask, 0.0, True) > limit
+    assert not bench.max_error(lambda *args: bench.manual(*args) * torch.nan, *inputs, mask, 0.0, False) < limit
+    if dropout:
+        assert bench.max_error(OtherDropoutInBackward.apply, *inputs, mask, dropout, True) > 10 * limit
+        for wrong in (drops_nothing, drops_three_sixteenths):
+            with pytest.raises(ArithmeticError, match="wrong .drops 0.*, not 0.2"):
+                bench.max_error(wrong, *inputs, mask, dropout, False)
+
+
+def test_peak_memory_is_what_a_call_allocates():
+    def call():
+        first = torch.empty(3 << 18)  # 3 MiB
+        return torch.empty(1 << 18), first.numel()
+    assert bench.peak_mib(call, CPU) == 4
+
+
+def test_a_contender_that_is_wrong_or_cannot_run_is_not_timed(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+    monkeypatch.setattr(bench, "CONTENDERS", {"good": bench.manual, "wrong": not_causal, "large": fails,
+                                              "flash": bench.CONTENDERS["SDPA flash"],
+                                              "triton": bench.triton_flash})
+    args = SimpleNamespace(batch_size=2, n_embd=32, device=CPU, rounds=1)
+    rows = bench.attention_rows(32, 2, "float32", 0.2, {"float32": 1e9}, args)
+    assert [row["attention"] for row in rows if not row["note"]] == ["good", "good"]
+    assert all(row["ms"] > 0 and row["n"] > 0 and row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows[:2])
+    assert rows[2]["note"].startswith("wrong (max error ") and "ms" not in rows[2]
+    assert rows[4]["note"] == "out of memory" and "dropout" in rows[6]["note"] and rows[9]["note"]
+    assert sum("good" in map(str, line) for line in bench.table(rows)) == 1
+
+
+def test_bench_prints_a_table_and_writes_csv_and_figure(tmp_path):
+    done = run_bench(*BENCH, "--dtype", "bfloat16", "--dropout", 0, "--csv", tmp_path / "a.csv", "--plot", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1  # a well-formed table
+    assert "batch 2 (smaller than on a GPU)" in done.stdout
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(bench.CONTENDERS)
+    assert all(float(row["ms"]) > 0 and row["peak_mib"] for row in rows if not row["note"])
+    assert {"manual", "SDPA math"} <= {row["attention"] for row in rows if not row["note"]}
+    assert all(row["note"] for row in rows if row["attention"] in ("SDPA efficient", "Triton, this file"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_step_times_every_rung(tmp_path, monkeypatch, capsys):
+    """In eager mode: what compiling costs is the scripts' tests' business."""
+    monkeypatch.setattr(bench, "RUNGS", {name: (dtype, None, fused) for name, (dtype, mode, fused)
+                                         in bench.RUNGS.items() if mode != "reduce-overhead"})
+    monkeypatch.setattr(sys, "argv", ["bench.py"] + f"""--step --rounds 1 --csv {tmp_path}/s.csv --batch_size 2
+        --block_size 16 --n_embd 16 --n_head 2 --n_layer 1 --device cpu --data {ROOT}/input.txt""".split())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler.config, "force_disable_caches", False)
+        bench.main()
+    with open(tmp_path / "s.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["script"], row["rung"]) for row in rows] == [
+        (name, rung) for name in ("gpt", "gpt_v2", "gpt_v3") for rung in bench.RUNGS]
+    assert all(float(row[key]) > 0 for row in rows for key in ("ms", "tokens_per_s", "peak_mib", "matmul_share"))
+    assert capsys.readouterr().out.count("as above") == 3
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--T 256,x", "--T"), ("--T 0", "--T"), ("--T", "--T"), ("--n_head 5", "--n_head 5"), ("--dtype float16", "float16"),
+    ("--dropout 1", "--dropout"), ("--rounds 0", "--rounds"), ("--batch_size 0", "--batch_size"),
+    ("--device tpu", "--device tpu"), ("--csv no/such/folder/a.csv", "--csv"), ("--plot no/such/a.png", "--plot"),
+    ("--csv no/such/a.csv --step", "--csv"), ("--head 6", "--head"), ("--step --plot a.png", "--plot"),
+    ("--step --n_head 5", "--n_head 5"), ("extra", "extra"),
+])
+def test_bench_answers_a_wrong_flag_with_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.parse_args(flags.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1 and words in err, err
+
+
+def test_bench_imports_without_triton():
+    code = ("import sys; sys.modules['triton'] = None; import bench, torch; x = torch.zeros(1, 1, 1, 16);"
+            "print(bench.attempt(lambda: bench.triton_flash(x, x, x, None, 0.0)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(None, 'Triton is not installed')\n", done.stderr
+
+
+# Triton's interpreter keeps bfloat16 as the uint16 of its bits, and its dot multiplies these as integers.
+INTERPRET = """
+import bench, json, sys, torch, triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder as Builder
+dot = Builder.create_dot
+Builder.create_dot = lambda self, a, b, *rest: dot(self, *(self.cast_impl(x, tl.float32) for x in (a, b)), *rest)
+torch.manual_seed(0)
+for B, H, T, hs in json.loads(sys.argv[1]):
+    mask = torch.tril(torch.ones(T, T, dtype=torch.bool))
+    for scale in (1, 8):  # of q: at 8 the softmax is nearly one key's
+        q, k, v, grad = bench.draw(B, H, T, hs, torch.bfloat16, torch.device("cpu"))
+        inputs = (q.detach() * scale, k, v, grad)
+        print(bench.max_error(bench.triton_flash, *inputs, mask, 0.0, False))
+        print(bench.max_error(bench.triton_flash, *(x.contiguous() for x in inputs), mask, 0.0, False))
+"""
+
+
+@slow
+def test_triton_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    shapes = [(2, 2, 256, 64), (1, 3, 1, 16), (2, 1, 17, 32), (1, 2, 127, 48), (1, 1, 129, 96), (2, 2, 64, 128),
+              (1, 1, 300, 80), (1, 1, 130, 17)]
+    done = subprocess.run([sys.executable, "-c", INTERPRET, json.dumps(shapes)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    errors = [float(line) for line in done.stdout.split()]
+    assert len(errors) == 4 * len(shapes), done.stderr
+    assert max(errors) < 0.01, errors  # of the largest output; a bfloat16 has 8 bits
+
+
+COMPILE = """
+import bench, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for hs, D, warps in ((64, 64, 4), (48, 64, 4), (32, 32, 4), (128, 128, 8)):
+    names = bench.flash_kernel.arg_names
+    types = dict.fromkeys(names[:4], "*bf16") | dict.fromkeys(names[4:9], "i32") | {"scale": "fp32"}
+    constants = {"hs": hs, "D": D, "M": 128, "N": 64}
+    source = ASTSource(bench.flash_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    for arch in (80, 90):
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 2})
+        ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
+        print(hs, arch, len(kernel.asm["cubin"]), ("wgmma" if arch == 90 else "mma.sync") in ptx, "bf16" in ptx, shared)
+"""
+
+
+@slow
+def test_triton_kernel_compiles_for_gpus_ahead_of_time(tmp_path):
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 8, done.stderr
+    for hs, arch, cubin, tensor_cores, bf16, shared in lines:
+        assert int(cubin) > 0 and tensor_cores == bf16 == "True" and int(shared) <= 163 << 10, (hs, arch)
 
 
 # --- README ------------------------------------------------------------------------------------------------
