@@ -1,5 +1,7 @@
-"""Tests of the three scripts.  python -m pytest            all of them, a few minutes on two cores
-                              python -m pytest -m "not slow"   the quick ones
+"""Tests of the scripts, the sweep, the report and the benchmark.
+
+    python -m pytest                  all of them, a few minutes on two cores
+    python -m pytest -m "not slow"    the quick ones
 """
 import contextlib
 import csv
@@ -33,6 +35,7 @@ import pytest
 import torch
 from hypothesis import strategies as some
 
+import bench
 import gpt
 import gpt_v2
 import gpt_v3
@@ -1558,25 +1561,6 @@ def test_any_damage_to_a_csv_is_refused_in_one_line_or_kept(tmp_path_factory, ed
             assert exit.code == 2 and len(err.getvalue().splitlines()) == 1 and path.read_bytes() == before
 
 
-# --- bench.py ---------------------------------------------------------------------------------------------
-
-import csv
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
-import torch
-
-import bench
-import gpt
-
-ROOT = Path(__file__).parent
-slow = pytest.mark.slow
-# from here on
 # --- The benchmark -----------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
@@ -1584,8 +1568,8 @@ BENCH = ("--T 16 --n_head 2 --n_embd 32 --batch_size 2 --rounds 1 --device cpu")
 
 
 def run_bench(*args, **kwargs):
-    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, args)], capture_output=True, text=True,
-                          timeout=200, **kwargs)
+    command = [sys.executable, ROOT / "bench.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **kwargs)
 
 
 def test_manual_is_the_arithmetic_of_head():
@@ -1635,7 +1619,8 @@ def test_the_check_tells_right_from_wrong(dtype, dropout):
     for name in ["manual", "SDPA math", "SDPA math, bf16 sums"] + ["SDPA flash"] * (not dropout):
         assert bench.max_error(bench.CONTENDERS[name], *inputs, mask, dropout, True) < limit / 2, name
     assert bench.max_error(not_causal, *inputs, mask, 0.0, True) > limit
-    assert not bench.max_error(lambda *args: bench.manual(*args) * torch.nan, *inputs, mask, 0.0, False) < limit
+    not_finite = lambda *args: bench.manual(*args) * torch.nan  # noqa: E731
+    assert not bench.max_error(not_finite, *inputs, mask, 0.0, False) < limit
     if dropout:
         assert bench.max_error(OtherDropoutInBackward.apply, *inputs, mask, dropout, True) > 10 * limit
         for wrong in (drops_nothing, drops_three_sixteenths):
@@ -1659,14 +1644,16 @@ def test_a_contender_that_is_wrong_or_cannot_run_is_not_timed(monkeypatch):
     args = SimpleNamespace(batch_size=2, n_embd=32, device=CPU, rounds=1)
     rows = bench.attention_rows(32, 2, "float32", 0.2, {"float32": 1e9}, args)
     assert [row["attention"] for row in rows if not row["note"]] == ["good", "good"]
-    assert all(row["ms"] > 0 and row["n"] > 0 and row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows[:2])
+    assert all(row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows[:2])
+    assert all(row["ms"] > 0 and row["n"] > 0 for row in rows[:2])
     assert rows[2]["note"].startswith("wrong (max error ") and "ms" not in rows[2]
     assert rows[4]["note"] == "out of memory" and "dropout" in rows[6]["note"] and rows[9]["note"]
     assert sum("good" in map(str, line) for line in bench.table(rows)) == 1
 
 
 def test_bench_prints_a_table_and_writes_csv_and_figure(tmp_path):
-    done = run_bench(*BENCH, "--dtype", "bfloat16", "--dropout", 0, "--csv", tmp_path / "a.csv", "--plot", tmp_path / "a.png")
+    done = run_bench(*BENCH, "--dtype", "bfloat16", "--dropout", 0, "--csv", tmp_path / "a.csv",
+                     "--plot", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1  # a well-formed table
@@ -1684,8 +1671,9 @@ def test_bench_step_times_every_rung(tmp_path, monkeypatch, capsys):
     """In eager mode: what compiling costs is the scripts' tests' business."""
     monkeypatch.setattr(bench, "RUNGS", {name: (dtype, None, fused) for name, (dtype, mode, fused)
                                          in bench.RUNGS.items() if mode != "reduce-overhead"})
-    monkeypatch.setattr(sys, "argv", ["bench.py"] + f"""--step --rounds 1 --csv {tmp_path}/s.csv --batch_size 2
-        --block_size 16 --n_embd 16 --n_head 2 --n_layer 1 --device cpu --data {ROOT}/input.txt""".split())
+    flags = f"""--step --rounds 1 --csv {tmp_path}/s.csv --batch_size 2 --block_size 16 --n_embd 16 --n_head 2
+                --n_layer 1 --device cpu --data {ROOT}/input.txt"""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler.config, "force_disable_caches", False)
         bench.main()
@@ -1693,14 +1681,17 @@ def test_bench_step_times_every_rung(tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [(row["script"], row["rung"]) for row in rows] == [
         (name, rung) for name in ("gpt", "gpt_v2", "gpt_v3") for rung in bench.RUNGS]
-    assert all(float(row[key]) > 0 for row in rows for key in ("ms", "tokens_per_s", "peak_mib", "matmul_share"))
+    keys = ("ms", "tokens_per_s", "peak_mib", "matmul_share")
+    assert all(float(row[key]) > 0 for row in rows for key in keys)
     assert capsys.readouterr().out.count("as above") == 3
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--T 256,x", "--T"), ("--T 0", "--T"), ("--T", "--T"), ("--n_head 5", "--n_head 5"), ("--dtype float16", "float16"),
+    ("--T 256,x", "--T"), ("--T 0", "--T"), ("--T", "--T"), ("--n_head 5", "--n_head 5"),
+    ("--dtype float16", "float16"),
     ("--dropout 1", "--dropout"), ("--rounds 0", "--rounds"), ("--batch_size 0", "--batch_size"),
-    ("--device tpu", "--device tpu"), ("--csv no/such/folder/a.csv", "--csv"), ("--plot no/such/a.png", "--plot"),
+    ("--device tpu", "--device tpu"), ("--csv no/such/folder/a.csv", "--csv"),
+    ("--plot no/such/a.png", "--plot"),
     ("--csv no/such/a.csv --step", "--csv"), ("--head 6", "--head"), ("--step --plot a.png", "--plot"),
     ("--step --n_head 5", "--n_head 5"), ("extra", "extra"),
 ])
@@ -1723,7 +1714,8 @@ INTERPRET = """
 import bench, json, sys, torch, triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 dot = Builder.create_dot
-Builder.create_dot = lambda self, a, b, *rest: dot(self, *(self.cast_impl(x, tl.float32) for x in (a, b)), *rest)
+Builder.create_dot = lambda self, a, b, *rest: dot(
+    self, *(self.cast_impl(x, tl.float32) for x in (a, b)), *rest)
 torch.manual_seed(0)
 for B, H, T, hs in json.loads(sys.argv[1]):
     mask = torch.tril(torch.ones(T, T, dtype=torch.bool))
@@ -1738,9 +1730,11 @@ for B, H, T, hs in json.loads(sys.argv[1]):
 @slow
 def test_triton_kernel_in_the_interpreter():
     pytest.importorskip("triton")
-    shapes = [(2, 2, 256, 64), (1, 3, 1, 16), (2, 1, 17, 32), (1, 2, 127, 48), (1, 1, 129, 96), (2, 2, 64, 128),
+    shapes = [(2, 2, 256, 64), (1, 3, 1, 16), (2, 1, 17, 32), (1, 2, 127, 48), (1, 1, 129, 96),
+              (2, 2, 64, 128),
               (1, 1, 300, 80), (1, 1, 130, 17)]
-    done = subprocess.run([sys.executable, "-c", INTERPRET, json.dumps(shapes)], cwd=ROOT, capture_output=True,
+    command = [sys.executable, "-c", INTERPRET, json.dumps(shapes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     errors = [float(line) for line in done.stdout.split()]
     assert len(errors) == 4 * len(shapes), done.stderr
@@ -1757,9 +1751,11 @@ for hs, D, warps in ((64, 64, 4), (48, 64, 4), (32, 32, 4), (128, 128, 8)):
     constants = {"hs": hs, "D": D, "M": 128, "N": 64}
     source = ASTSource(bench.flash_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
     for arch in (80, 90):
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 2})
+        options = {"num_warps": warps, "num_stages": 2}
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
-        print(hs, arch, len(kernel.asm["cubin"]), ("wgmma" if arch == 90 else "mma.sync") in ptx, "bf16" in ptx, shared)
+        tensor_cores = ("wgmma" if arch == 90 else "mma.sync") in ptx
+        print(hs, arch, len(kernel.asm["cubin"]), tensor_cores, "bf16" in ptx, shared)
 """
 
 
