@@ -381,7 +381,7 @@ def plot(path, rows):
         return "{n_head} heads x {head_dim}, {dtype}, dropout {dropout:g}".format(**row)
 
     columns = list(dict.fromkeys(map(column, rows)))
-    figure, axes = pyplot.subplots(2, len(columns), figsize=(1 + 4 * len(columns), 7), sharex=True,
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 + 4 * len(columns), 7), sharex=True,
                                    sharey="row", squeeze=False, layout="constrained")
     for (i, title), (j, (key, label)) in itertools.product(
             enumerate(columns), enumerate({"ms": "ms", "peak_mib": "MiB at the peak"}.items())):
@@ -392,7 +392,8 @@ def plot(path, rows):
                 if line:
                     axes[j, i].loglog(*zip(*line), style, marker=".", color=f"C{color}", label=name + suffix)
         axes[j, i].set(xlabel="T", ylabel=label, title=title)
-    axes[0, 0].legend(fontsize="x-small")
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 
