@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The experiment: gpt, gpt_v2 and 54 configurations of gpt_v3, one CSV row of final losses each.
 # Stop it and start it again at any time: a run whose row is there is skipped.
-usage="usage: [JOBS=n] bash sweep.sh [--tiny] [--dry-run] [--csv FILE] [-- FLAGS FOR EVERY RUN]"
+usage="usage: [JOBS=n] [SAVE=dir] bash sweep.sh [--tiny] [--dry-run] [--csv FILE] [-- FLAGS FOR EVERY RUN]"
 here=$(cd "$(dirname "$0")" && pwd)
 [ -f "$here/gpt.py" ] || here=${SLURM_SUBMIT_DIR:-$here} # sbatch runs a copy of this file
 csv=$here/results/sweep.csv widths="384 768" depths="6 8 12" tiny=() dry_run=""
@@ -20,6 +20,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 shift # the --, if any
 set -- "${tiny[@]}" --sample_chars 0 "$@" # what every run gets; the last of a flag wins
+[ -z "${SAVE:-}" ] || SAVE=$(mkdir -p "$SAVE" && cd "$SAVE" && pwd) || fail "SAVE=$SAVE cannot be made"
 case ${JOBS:-1} in 0* | *[!0-9]*) fail "JOBS=$JOBS is not the number of runs at once" ;; esac
 
 # Depth varies fastest: blocks that were compiled serve every depth, and at the input every encoding.
@@ -39,6 +40,10 @@ commands=()
 for run in "${runs[@]}"; do
     commands+=("$(printf 'cd %q && OMP_NUM_THREADS=%q python3 %s.py %s' "$here" "${OMP_NUM_THREADS:-1}" \
         "${run%% *}" "${run#* }"; printf ' %q' "$@" --csv "$csv")")
+    if [ -n "${SAVE:-}" ] && [ "${run%% *}" = gpt_v3 ]; then # a run that was cut off goes on
+        file=$(printf %q "$SAVE/gpt_v3-$(echo "$run $*" | cksum | cut -d ' ' -f 1).pt")
+        commands[${#commands[@]} - 1]+=" \$([ -e $file ] && echo --resume || echo --save) $file"
+    fi
 done
 [ -z "$dry_run" ] || { printf '%s\n' "${commands[@]}"; exit; }
 
