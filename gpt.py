@@ -1,7 +1,7 @@
 """The GPT of the lecture "Let's build GPT" (github.com/karpathy/ng-video-lecture): a Transformer that reads
 Shakespeare a character at a time and learns to write the next one, with its attention spelled out by hand.
 
-    python gpt.py --tiny    # a minute on a laptop; without --tiny a few on a GPU
+    python gpt.py --tiny    # for a laptop; without --tiny it is a model for a GPU
 """
 import argparse, csv, io, math, os, sys, time
 

@@ -1,7 +1,7 @@
 """Changes from gpt.py: attention is one call of F.scaled_dot_product_attention (SDPA), and so a fused kernel
 where there is one: the (T, T) scores are never written to memory, and there is no mask buffer.
 
-    python gpt_v2.py --tiny    # a minute on a laptop; without --tiny a few on a GPU
+    python gpt_v2.py --tiny    # for a laptop; without --tiny it is a model for a GPU
 """
 import argparse, csv, io, math, os, sys, time
 

@@ -2,7 +2,7 @@
 GELU for ReLU, a choice of positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
 A run can be saved (--save), gone on with (--resume), sampled (--generate) and spread over GPUs (torchrun).
 
-    python gpt_v3.py --tiny --pe rope --pe_at qk    # a minute on a laptop; without --tiny a few on a GPU
+    python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny it is a model for a GPU
 """
 import argparse, contextlib, csv, io, math, os, signal, sys, time, warnings, zipfile
 
