@@ -557,9 +557,10 @@ def train(config):
     model = GPT(config).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
-    # On a CPU the unfused path of SDPA is the faster one up to some 512 tokens, if its products may stay in
-    # bfloat16 (neither switch is of CUDA alone).
-    torch.backends.cuda.enable_flash_sdp(config.device.type != "cpu" or config.block_size > 512)
+    # On a CPU, in bfloat16, the unfused path of SDPA is the faster one up to some 512 tokens, if its products
+    # may stay in bfloat16 (neither switch is of CUDA alone).
+    unfused = config.device.type == "cpu" and config.dtype == "bfloat16" and config.block_size <= 512
+    torch.backends.cuda.enable_flash_sdp(not unfused)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(config.device.type == "cpu")
 
     batches = torch.Generator(config.device).manual_seed(config.seed)
