@@ -422,7 +422,8 @@ def load_checkpoint(path):
     """What save_checkpoint wrote. Any other file ends the program, and nothing in it is executed."""
     try:
         with zipfile.ZipFile(path) as file, warnings.catch_warnings(action="ignore"):
-            if file.testzip():  # a byte of this member has changed, which torch.load does not notice
+            # torch.load does not notice a changed byte, and leaves unread what says that it is a folder.
+            if file.testzip() or any(member.external_attr for member in file.infolist()):
                 raise ValueError
             state = torch.load(path, map_location="cpu", weights_only=True)
             flags, chars, model = state["flags"], state["chars"], state["model"]

@@ -1335,6 +1335,8 @@ def test_foreign_and_hostile_files_are_refused_and_not_executed(saved, tmp_path)
     path, evil = tmp_path / "bad.pt", Evil(tmp_path / "executed")
     files = {"empty": b"", "text": b"words\n", "truncated": data[:len(data) // 2], "headless": data[100:],
              "pickle": pickle.dumps({"format": evil}), "flags": pickle.dumps(state["flags"])}
+    at = data.rindex(b"PK\1\2") + 38  # attributes of a member: 0x10 is a folder, which torch does not read
+    files["folder"] = data[:at] + b"\x10" + data[at + 1:]
     things = {"number": 1, "list": [state], "module": torch.nn.Linear(1, 1), "tensor": torch.zeros(3),
               "evil": evil, "evil flags": state | {"flags": evil}, "old": state | {"format": "x"},
               "evil chars": state | {"chars": [evil]}, "path": state | {"chars": tmp_path}}
