@@ -353,7 +353,7 @@ def warm_up(model, x, y, config):
           + (f"compiled in {compile_s:.1f} s" if config.compile else "eager"), flush=True)
     if config.device.type == "cpu" and not config.tiny:
         print(f"this will take about {time_left(-1, iter_s, config.eval_iters * iter_s, config)} "
-              "(minutes:seconds) on the CPU; --tiny takes a minute", flush=True)
+              "(minutes:seconds) on the CPU; --tiny takes a minute or two", flush=True)
     return compile_s, iter_s
 
 

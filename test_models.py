@@ -771,6 +771,27 @@ def test_two_jobs_give_the_losses_of_one(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
+@slow
+def test_a_sweep_that_saves_goes_on_with_a_half_done_run(tmp_path):
+    flags = ("--n_layer 2 --n_head 2 --n_embd 16 --batch_size 4 --block_size 8 --max_iters 1500 "
+             "--eval_interval 100 --eval_iters 2 --device cpu").split()
+    losses = []
+    for name, env in ("whole", {}), ("cut", {"SAVE": tmp_path / "saved runs"}):
+        command = ["--csv", tmp_path / f"{name}.csv", "--", *flags]
+        if env:
+            process = subprocess.Popen(**sweep_command(ROOT, *command, SLURM_ARRAY_TASK_ID=2, **env))
+            while not list(env["SAVE"].glob("*.pt")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert "goes on" in process.communicate(timeout=60)[1] and process.returncode == 143
+            assert not (tmp_path / "cut.csv").exists()
+        out, _ = sweep(ROOT, *command, SLURM_ARRAY_TASK_ID=2, **env)
+        assert "done 1, skipped 0, failed 0" in out  # a second --save of the same file would be refused
+        losses.append([list(row.values())[:11] for row in rows(tmp_path / f"{name}.csv")])
+    assert losses[0] == losses[1] and len(losses[0]) == 1
+
+
 def test_sweep_is_clean_shell():
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
