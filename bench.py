@@ -37,7 +37,7 @@ def manual(q, k, v, mask, dropout):
 def sdpa(backend, bf16_sums=False):
     """F.scaled_dot_product_attention with one of its backends.
 
-    The math backend turns bfloat16 into float32 first, unless bf16_sums: gpt_v3.py wants that on a CPU.
+    The math backend turns bfloat16 into float32 first, unless bf16_sums: the scripts want that on a CPU.
     """
     def contender(q, k, v, mask, dropout):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bf16_sums)  # not of CUDA alone
@@ -314,7 +314,6 @@ def step_rows(rates, args):
             unfused = script is gpt_v3 and config.device.type == "cpu"  # SDPA as its train() sets it up
             torch.backends.cuda.enable_flash_sdp(
                 not unfused or config.dtype == "float32" or config.block_size > 512)
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)
             torch.compiler.cudagraph_mark_step_begin()
             x, y = script.get_batch(data, config, batches)
             with script.autocast(config):

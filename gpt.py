@@ -126,7 +126,7 @@ class Head(nn.Module):
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         tril = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
         self.register_buffer("tril", tril, persistent=False)
 
@@ -146,7 +146,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(config) for _ in range(config.n_head))
         self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         out = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
@@ -162,7 +162,7 @@ class FeedForward(nn.Module):
             nn.Linear(config.n_embd, 4 * config.n_embd),
             nn.ReLU(),
             nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
 
     def forward(self, x):
@@ -183,6 +183,18 @@ class Block(nn.Module):
         x = x + self.sa(self.ln1(x))
         x = x + self.ffwd(self.ln2(x))
         return x
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, faster on a CPU: random numbers are drawn there one by one, so each serves four times."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        drawn = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
+        uniform = drawn.view(torch.int16)[:x.numel()].view(x.shape)  # in [-2**15, 2**15)
+        keep = (uniform >= self.p * 2**16 - 2**15).to(x.dtype)
+        return x * keep.div_(1 - self.p)
 
 
 class GPT(nn.Module):
@@ -228,7 +240,8 @@ class GPT(nn.Module):
 # --- Evaluation ------------------------------------------------------------------------------------------
 
 def autocast(config):
-    """Matrix products in config.dtype, whose weights stay in float32."""
+    """Matrix products in config.dtype, those inside SDPA too; the weights stay in float32."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(config.device.type == "cpu")
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 

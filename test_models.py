@@ -116,8 +116,8 @@ def test_the_diff_is_the_lesson():
     assert sum(line[0] in "+-" for line in lines) <= 20
 
 
-@pytest.mark.parametrize("name", "fail number load_data get_batch autocast estimate_loss time_left report "
-                                 "result_row append_row out_of_memory warm_up COLUMNS".split())
+@pytest.mark.parametrize("name", "fail number load_data get_batch Dropout autocast estimate_loss time_left "
+                                 "report result_row append_row out_of_memory warm_up COLUMNS".split())
 def test_shared_parts_are_identical(name):
     if name == "COLUMNS":
         assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
@@ -215,6 +215,30 @@ def test_no_token_sees_a_later_one(script, pe, pe_at):
         after = model(other)[0]
         torch.testing.assert_close(after[:, :t], before[:, :t])
         assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [1e-4, 0.2, 0.5, 0.999])
+def test_dropout_drops_its_share_and_scales_the_rest(p, dtype):
+    n = 1_000_003  # four masks come from one draw: not a multiple of four
+    torch.manual_seed(0)
+    x = torch.ones(n, dtype=dtype, requires_grad=True)
+    y = gpt.Dropout(p)(x)
+    y.sum().backward()
+    assert y.dtype == dtype and torch.equal(x.grad, y)  # what was dropped learns nothing
+    kept = y != 0
+    assert torch.all(y[kept] == torch.tensor(1.0, dtype=dtype) / (1 - p))
+    dropped = (~kept).double()
+    assert abs(dropped.mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+    for lag in (1, 2, 3, 4):  # neighbours, of one draw or of two, know nothing of each other
+        correlation = torch.corrcoef(torch.stack((dropped[lag:], dropped[:-lag])))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(n)
+
+
+def test_dropout_is_nothing_in_evaluation_or_at_0():
+    x, state = torch.randn(3, 5), torch.get_rng_state()
+    assert torch.equal(gpt.Dropout(0.5).eval()(x), x) and torch.equal(gpt.Dropout(0.0)(x), x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
