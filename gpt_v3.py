@@ -13,7 +13,7 @@ from torch.nn import functional as F
 # --- Flags -----------------------------------------------------------------------------------------------
 
 TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.2e-2,
-            max_iters=2400, eval_interval=800, eval_iters=100, warmup_iters=100, min_lr=1e-4,
+            max_iters=2100, eval_interval=700, eval_iters=100, warmup_iters=100, min_lr=1e-4,
             weight_decay=0.1, beta2=0.99)
 
 # The header of the CSV, the same in all three scripts: what a script has no flag for stays empty.
