@@ -187,8 +187,8 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        drawn = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-        uniform = drawn.view(torch.int16)[:x.numel()].view(x.shape)  # in [-2**15, 2**15)
+        drawn = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)  # all 64 bits random
+        uniform = drawn.view(torch.int16)[:x.numel()].view(x.shape)  # 16 of them each: in [-2**15, 2**15)
         keep = (uniform >= self.p * 2**16 - 2**15).to(x.dtype)
         return x * keep.div_(1 - self.p)
 
@@ -237,6 +237,7 @@ class GPT(nn.Module):
 
 def autocast(config):
     """Matrix products in config.dtype, those inside SDPA too; the weights stay in float32."""
+    # Where SDPA has no fused kernel, as on a CPU with dropout, it would go back to float32 by itself.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(config.device.type == "cpu")
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 

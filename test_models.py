@@ -34,6 +34,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as some
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import gpt
@@ -239,6 +240,26 @@ def test_dropout_is_nothing_in_evaluation_or_at_0():
     x, state = torch.randn(3, 5), torch.get_rng_state()
     assert torch.equal(gpt.Dropout(0.5).eval()(x), x) and torch.equal(gpt.Dropout(0.0)(x), x)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_all_matrix_products_are_in_bfloat16(script):
+    """Those inside SDPA, too, which has no fused kernel for dropout on a CPU."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                seen.append((function.overloadpacket, args[-1].dtype))
+            return function(*args, **kwargs or {})
+
+    config = script.parse_args([*QUICK, "--dropout", "0.2", "--dtype", "bfloat16"])
+    config.vocab_size = 11
+    model = script.GPT(config)
+    with Watch(), script.autocast(config):
+        model(tokens(4, 8), tokens(4, 8))
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert any(function == torch.ops.aten.bmm for function, _ in seen)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
@@ -770,7 +791,8 @@ def test_a_sweep_killed_at_any_moment_goes_on_where_it_was(fake):
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_a_sweep_with_all_its_runs(fake, number, status):
-    process = subprocess.Popen(**sweep_command(fake, JOBS=2, SLEEP=30))
+    process = subprocess.Popen(**sweep_command(fake, JOBS=2, SLEEP=30),
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # nohup ignores one
     while not (fake / "log").exists() or (fake / "log").read_text().count("\n") < 2:
         time.sleep(0.05)
     process.send_signal(number)
