@@ -305,7 +305,9 @@ def step_rows(rates, args):
         batches = torch.Generator(config.device).manual_seed(config.seed)
         if rung != "+ fused AdamW":  # which goes on with the model that is compiled already
             model = script.GPT(config).to(config.device)
-            for block in model.blocks if mode else ():
+            if mode == "default":
+                script.compile_blocks(model, config)
+            for block in model.blocks if mode == "reduce-overhead" else ():
                 block.compile(mode=mode)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=fused)
 
