@@ -118,7 +118,8 @@ def test_the_diff_is_the_lesson():
 
 
 @pytest.mark.parametrize("name", "fail number load_data get_batch Dropout autocast estimate_loss time_left "
-                                 "report result_row append_row out_of_memory compile_blocks warm_up COLUMNS".split())
+                                 "report result_row append_row out_of_memory compile_blocks warm_up "
+                                 "COLUMNS".split())
 def test_shared_parts_are_identical(name):
     if name == "COLUMNS":
         assert gpt.COLUMNS == gpt_v2.COLUMNS == gpt_v3.COLUMNS
