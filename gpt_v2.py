@@ -350,6 +350,7 @@ def warm_up(model, x, y, config):
     Returns compile_s, the seconds of the first pass if it compiled, and iter_s, those of a later one.
     """
     if config.compile:
+        torch.compiler.reset()  # Dynamo keeps eight graphs of a block; earlier models in a notebook count
         compile_blocks(model, config)
     seconds = []
     for _ in range(2):

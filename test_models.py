@@ -462,6 +462,16 @@ def test_compile_changes_nothing_but_speed(script, capsys):
 
 
 @slow
+def test_a_notebook_can_train_any_number_of_models():
+    limits = dict(recompile_limit=2, fail_on_recompile_limit_hit=True)  # 2 for 8: a run's two, and no more
+    for n_embd in ("16", "24"):
+        config = gpt.parse_args([*QUICK, "--n_embd", n_embd, "--n_layer", "1", "--compile"])
+        with torch._dynamo.config.patch(**limits):
+            gpt.train(config)
+        assert config.compile
+
+
+@slow
 def test_without_a_compiler_the_run_goes_on_eager(tmp_path):
     env = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     out, err = run("gpt_v3.py", *QUICK, "--compile", env=env)
