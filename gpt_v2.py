@@ -23,7 +23,7 @@ COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_va
 
 
 def fail(message, status=2):
-    """End the program with one line on standard error; status 2 is bad input, 1 a run that went wrong."""
+    """End the program with one line on standard error, status 2 for what cannot be, 1 for what went wrong."""
     message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -60,15 +60,14 @@ def parse_args(argv=None):
     flag("--dropout", type=number(float, 0, 1), default=0.2, help="share of activations dropped in training")
     flag("--seed", type=number(int, 0, 2**63), default=1337, help="of weights, batches and dropout")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda, else mps, else cpu")
-    flag("--dtype", choices=["bfloat16", "float32"], default="auto", help="auto is bfloat16 where it is fast")
+    flag("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto is bfloat16 if fast")
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
     flag("--csv", help="append a row with the final losses to this file")
     flag("--sample_chars", type=number(int, 0, 10**12), default=500, help="characters to write at the end")
     flag("--tiny", action="store_true", help=f"preset for a laptop, other flags win: {TINY}")
-    args = parser.parse_args(argv)
-    if args.tiny:
+    if "--tiny" in argv:
         parser.set_defaults(**TINY)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -77,7 +76,7 @@ def parse_args(argv=None):
         torch.zeros(1, device=args.device)
         if args.device.type not in devices:
             raise RuntimeError
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         fail(f"--device {args.device} is not there; this machine has {', '.join(devices)}")
     if args.dtype == "auto":
         fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
@@ -93,7 +92,7 @@ def parse_args(argv=None):
 def load_data(config):
     """Read the text -> {"train": (N,), "val": (M,)} token ids on the device, and the list of characters."""
     try:
-        with open(config.data, encoding="utf-8", newline="") as file:
+        with open(config.data, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {config.data}: {error}; it has to be a text in UTF-8")
@@ -300,7 +299,7 @@ def result_row(model, splits, config, compile_s, train_s, iter_s, **losses):
 def append_row(path, row=None):
     """Append the dict row to a CSV of COLUMNS; without a row, only see to it that this will be possible.
 
-    One write under a lock: runs side by side never tear a line, and a full disk leaves the file as it was.
+    One write, locked on POSIX: runs side by side tear no line, and a full disk leaves the file as it was.
     """
     text = io.StringIO()
     cells = [row.get(name, "") for name in COLUMNS] if row else []
@@ -333,7 +332,7 @@ def append_row(path, row=None):
 
 def out_of_memory(error):
     """Whether this RuntimeError is a failed allocation, on a GPU or on the CPU."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
+    return "out of memory" in str(error) or "tried to allocate" in str(error)
 
 
 def compile_blocks(model, config):
@@ -347,18 +346,20 @@ def compile_blocks(model, config):
 def warm_up(model, x, y, config):
     """Compile, or run out of memory, before the clock starts, and say what is going to run.
 
-    Returns compile_s, the seconds of the first pass if it compiled, and iter_s, those of a later one.
+    Returns compile_s, the seconds of the passes that compiled, if any did, and iter_s, those of an iteration.
     """
     if config.compile:
         torch.compiler.reset()  # Dynamo keeps eight graphs of a block; earlier models in a notebook count
+        torch.compiler.set_stance("default")
         compile_blocks(model, config)
     seconds = []
-    for _ in range(2):
+    for training in (True, False, True):  # the graph of a training pass, that of an evaluation, no graph
         started = time.perf_counter()
         try:
-            with autocast(config):
-                _, loss = model(x, y)
-            loss.backward()
+            with autocast(config), torch.set_grad_enabled(training):
+                _, loss = model.train(training)(x, y)
+            if training:
+                loss.backward()
             loss.item()  # waits for the device
         except RuntimeError as error:
             if out_of_memory(error) or not config.compile:
@@ -369,7 +370,7 @@ def warm_up(model, x, y, config):
             return warm_up(model, x, y, config)
         seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    compile_s, iter_s = seconds[0] * config.compile, seconds[1]
+    compile_s, iter_s = sum(seconds[:2]) * config.compile, seconds[2] * getattr(config, "grad_accum", 1)
     config.params = sum(p.numel() for p in model.parameters())
     print(f"{model.experiment}: {config.params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, "
           + (f"compiled in {compile_s:.1f} s" if config.compile else "eager"), flush=True)
@@ -430,8 +431,8 @@ def train(config):
 
 @torch.compiler.set_stance("force_eager")  # every length is new: nothing to compile for
 def sample(model, chars, config):
-    """A text of config.sample_chars characters, drawn from the model in eval mode."""
-    start = torch.zeros((1, 1), dtype=torch.long, device=config.device)  # the first character: a new line
+    """The first character, a new line, and config.sample_chars more that the model draws in eval mode."""
+    start = torch.zeros((1, 1), dtype=torch.long, device=config.device)
     return "".join(chars[i] for i in model.eval().generate(start, config.sample_chars)[0].tolist())
 
 
@@ -440,8 +441,7 @@ def main():
     if config.csv:
         append_row(config.csv)
     try:
-        model, chars = train(config)
-        print(sample(model, chars, config))
+        print(sample(*train(config), config))
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -1,5 +1,5 @@
-"""Changes from gpt_v2.py: one projection and one batch for all heads (CausalSelfAttention, as in makemore),
-GELU for ReLU, a choice of positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
+"""Changes from gpt_v2.py: one projection (with bias) and one batch for all heads (CausalSelfAttention, as in
+makemore), GELU for ReLU, positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
 A run can be saved (--save), gone on with (--resume), sampled (--generate) and spread over GPUs (torchrun).
 
     python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny it is a model for a GPU
@@ -29,7 +29,7 @@ KEPT = [*SHAPE, *COLUMNS[COLUMNS.index("data"):COLUMNS.index("compile")]]
 
 
 def fail(message, status=2):
-    """End the program with one line on standard error; status 2 is bad input, 1 a run that went wrong."""
+    """End the program with one line on standard error, status 2 for what cannot be, 1 for what went wrong."""
     message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     flag("--grad_accum", type=count, default=1, help="parts that a batch is split into to save memory")
     flag("--seed", type=number(int, 0, 2**63), default=1337, help="of weights, batches and dropout")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda, else mps, else cpu")
-    flag("--dtype", choices=["bfloat16", "float32"], default="auto", help="auto is bfloat16 where it is fast")
+    flag("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto is bfloat16 if fast")
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto is yes on cuda")
     flag("--csv", help="append a row with the final losses to this file")
     flag("--save", help="keep the run in this file, and its best state in FILE.best, at every evaluation")
@@ -121,7 +121,7 @@ def parse_args(argv=None):
         torch.zeros(1, device=args.device)
         if args.device.type not in devices:
             raise RuntimeError
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         fail(f"--device {args.device} is not there; this machine has {', '.join(devices)}")
     if args.dtype == "auto":
         fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
@@ -137,7 +137,7 @@ def parse_args(argv=None):
 def load_data(config):
     """Read the text -> {"train": (N,), "val": (M,)} token ids on the device, and the list of characters."""
     try:
-        with open(config.data, encoding="utf-8", newline="") as file:
+        with open(config.data, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {config.data}: {error}; it has to be a text in UTF-8")
@@ -367,7 +367,7 @@ def result_row(model, splits, config, compile_s, train_s, iter_s, **losses):
 def append_row(path, row=None):
     """Append the dict row to a CSV of COLUMNS; without a row, only see to it that this will be possible.
 
-    One write under a lock: runs side by side never tear a line, and a full disk leaves the file as it was.
+    One write, locked on POSIX: runs side by side tear no line, and a full disk leaves the file as it was.
     """
     text = io.StringIO()
     cells = [row.get(name, "") for name in COLUMNS] if row else []
@@ -491,7 +491,7 @@ def has_row(path, row):
 
 def out_of_memory(error):
     """Whether this RuntimeError is a failed allocation, on a GPU or on the CPU."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
+    return "out of memory" in str(error) or "tried to allocate" in str(error)
 
 
 def compile_blocks(model, config):
@@ -505,18 +505,20 @@ def compile_blocks(model, config):
 def warm_up(model, x, y, config):
     """Compile, or run out of memory, before the clock starts, and say what is going to run.
 
-    Returns compile_s, the seconds of the first pass if it compiled, and iter_s, those of a later one.
+    Returns compile_s, the seconds of the passes that compiled, if any did, and iter_s, those of an iteration.
     """
     if config.compile:
         torch.compiler.reset()  # Dynamo keeps eight graphs of a block; earlier models in a notebook count
+        torch.compiler.set_stance("default")
         compile_blocks(model, config)
     seconds = []
-    for _ in range(2):
+    for training in (True, False, True):  # the graph of a training pass, that of an evaluation, no graph
         started = time.perf_counter()
         try:
-            with autocast(config):
-                _, loss = model(x, y)
-            loss.backward()
+            with autocast(config), torch.set_grad_enabled(training):
+                _, loss = model.train(training)(x, y)
+            if training:
+                loss.backward()
             loss.item()  # waits for the device
         except RuntimeError as error:
             if out_of_memory(error) or not config.compile:
@@ -527,7 +529,7 @@ def warm_up(model, x, y, config):
             return warm_up(model, x, y, config)
         seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    compile_s, iter_s = seconds[0] * config.compile, seconds[1]
+    compile_s, iter_s = sum(seconds[:2]) * config.compile, seconds[2] * getattr(config, "grad_accum", 1)
     config.params = sum(p.numel() for p in model.parameters())
     print(f"{model.experiment}: {config.params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, "
           + (f"compiled in {compile_s:.1f} s" if config.compile else "eager"), flush=True)
@@ -596,8 +598,7 @@ def train(config):
         torch.distributed.init_process_group("nccl" if config.device.type == "cuda" else "gloo")
         if config.rank:  # other dropout than the first process
             torch.manual_seed(config.seed + config.rank + start)
-        replica = nn.parallel.DistributedDataParallel(model)
-        replica.broadcast_buffers = False  # they never change
+        replica = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)  # constants
 
     def save(*paths):
         if config.rank == 0:
@@ -697,13 +698,12 @@ def load_model(config):
 def main():
     config = parse_args()
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def stop(number, frame):  # the loop sees it after its iteration; a second signal ends the program at once
         config.stop = number
-        handle_signals(signal.SIG_DFL)
-
-    def handle_signals(handler):
-        signal.signal(signal.SIGINT, handler)
-        signal.signal(signal.SIGTERM, handler)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
 
     if config.csv:
         append_row(config.csv)
@@ -715,9 +715,13 @@ def main():
         if config.generate:
             sample(*load_model(config), config, config.prompt, config.num_tokens)
             return
-        handle_signals(stop)
-        model, chars = train(config)
-        handle_signals(signal.SIG_DFL)
+        try:
+            for each in handlers:
+                signal.signal(each, stop)
+            model, chars = train(config)
+        finally:  # a notebook goes on after this
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
         if config.rank == 0:
             sample(model, chars, config, None, config.sample_chars)
     except BrokenPipeError:  # `| head` has seen enough

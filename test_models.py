@@ -403,6 +403,18 @@ def test_a_cell_of_a_notebook_runs_with_the_defaults(monkeypatch):
     assert vars(gpt.parse_args()) == vars(gpt.parse_args([]))
 
 
+def test_line_ends_of_windows_change_no_token(tmp_path):
+    read = []
+    for end in (b"\n", b"\r\n"):
+        (tmp_path / "text").write_bytes(b"To be," + end + b"or not" + end)
+        read.append(gpt.load_data(gpt.parse_args(["--data", str(tmp_path / "text"), "--block_size", "1"])))
+    assert read[0][1] == read[1][1] and torch.equal(read[0][0]["train"], read[1][0]["train"])
+
+
+def test_auto_can_be_given():
+    assert vars(gpt.parse_args(["--device", "auto", "--dtype", "auto"])) == vars(gpt.parse_args([]))
+
+
 def test_tiny_is_a_preset_that_other_flags_win_over():
     args = gpt_v3.parse_args(["--n_layer", "3", "--tiny"])
     assert (args.n_layer, args.n_embd) == (3, gpt_v3.TINY["n_embd"])
@@ -465,10 +477,47 @@ def test_compile_changes_nothing_but_speed(script, capsys):
 def test_a_notebook_can_train_any_number_of_models():
     limits = dict(recompile_limit=2, fail_on_recompile_limit_hit=True)  # 2 for 8: a run's two, and no more
     for n_embd in ("16", "24"):
+        torch.compiler.set_stance("force_eager")  # as a run leaves it that could not compile
+        torch._dynamo.utils.counters.clear()
         config = gpt.parse_args([*QUICK, "--n_embd", n_embd, "--n_layer", "1", "--compile"])
         with torch._dynamo.config.patch(**limits):
             gpt.train(config)
-        assert config.compile
+        assert config.compile and torch._dynamo.utils.counters["frames"]["ok"] == 2
+
+
+def test_compiling_is_over_before_the_clock_starts(monkeypatch):
+    """Of both graphs, a training pass's and an evaluation's; the passes of grad_accum are one iteration."""
+    now, passes = [0.0], []
+
+    def model(x, y):
+        passes.append(model.training)
+        now[0] += 1 if len(passes) > 2 else 50
+        return None, torch.zeros((), requires_grad=True).clone()
+
+    model.train = lambda training: setattr(model, "training", training) or model
+    model.zero_grad, model.parameters, model.experiment = lambda set_to_none: None, lambda: [], "gpt_v3"
+    monkeypatch.setattr(gpt_v3.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(gpt_v3, "compile_blocks", lambda model, config: None)
+    config = gpt_v3.parse_args([*QUICK, "--compile", "--grad_accum", "4"])
+    assert gpt_v3.warm_up(model, None, None, config) == (100, 4)
+    assert passes == [True, False, True] and model.training
+
+
+def test_a_notebook_gets_its_signals_back(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpt_v3.py", *QUICK])
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    gpt_v3.main()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.", "CUDA error: out of memory",
+    "MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 4 GB on private pool.",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."])
+def test_out_of_memory_is_known_on_every_machine(message):
+    assert gpt.out_of_memory(RuntimeError(message))
+    assert not gpt.out_of_memory(RuntimeError("CUDA error: misaligned address"))
 
 
 @slow
