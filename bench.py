@@ -313,9 +313,9 @@ def step_rows(rates, args):
 
         def step(script=script, config=config, data=splits["train"], batches=batches, model=model,
                  optimizer=optimizer):
-            unfused = script is gpt_v3 and config.device.type == "cpu"  # SDPA as its train() sets it up
-            torch.backends.cuda.enable_flash_sdp(
-                not unfused or config.dtype == "float32" or config.block_size > 512)
+            torch.backends.cuda.enable_flash_sdp(True)
+            if script is gpt_v3:
+                script.choose_sdpa(config)
             torch.compiler.cudagraph_mark_step_begin()
             x, y = script.get_batch(data, config, batches)
             with script.autocast(config):

@@ -23,7 +23,7 @@ COLUMNS = ("experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_va
 
 
 def fail(message, status=2):
-    """End the program with one line on standard error, status 2 for what cannot be, 1 for what went wrong."""
+    """End the program with one line on standard error; 2: it needs other flags or files, 1: it went wrong."""
     message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -351,6 +351,7 @@ def warm_up(model, x, y, config):
     if config.compile:
         torch.compiler.reset()  # Dynamo keeps eight graphs of a block; earlier models in a notebook count
         torch.compiler.set_stance("default")
+        print(f"{model.experiment}: compiling, which takes longest the first time", flush=True)
         compile_blocks(model, config)
     seconds = []
     for training in (True, False, True):  # the graph of a training pass, that of an evaluation, no graph

@@ -29,7 +29,7 @@ KEPT = [*SHAPE, *COLUMNS[COLUMNS.index("data"):COLUMNS.index("compile")]]
 
 
 def fail(message, status=2):
-    """End the program with one line on standard error, status 2 for what cannot be, 1 for what went wrong."""
+    """End the program with one line on standard error; 2: it needs other flags or files, 1: it went wrong."""
     message = " ".join(message.splitlines())  # a name in it may have line breaks
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -510,6 +510,7 @@ def warm_up(model, x, y, config):
     if config.compile:
         torch.compiler.reset()  # Dynamo keeps eight graphs of a block; earlier models in a notebook count
         torch.compiler.set_stance("default")
+        print(f"{model.experiment}: compiling, which takes longest the first time", flush=True)
         compile_blocks(model, config)
     seconds = []
     for training in (True, False, True):  # the graph of a training pass, that of an evaluation, no graph
@@ -537,6 +538,12 @@ def warm_up(model, x, y, config):
         print(f"this will take about {time_left(-1, iter_s, config.eval_iters * iter_s, config)} "
               "(minutes:seconds) on the CPU; --tiny takes a minute or two", flush=True)
     return compile_s, iter_s
+
+
+def choose_sdpa(config):
+    """SDPA may use flash, but on a CPU in bfloat16 up to some 512 tokens: its unfused path is faster there."""
+    unfused = config.device.type == "cpu" and config.dtype == "bfloat16" and config.block_size <= 512
+    torch.backends.cuda.enable_flash_sdp(not unfused)  # the switch is not CUDA's alone
 
 
 def learning_rate(step, config):
@@ -582,10 +589,7 @@ def train(config):
     model = GPT(config).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
-    # On a CPU, in bfloat16, the unfused path of SDPA is the faster one up to some 512 tokens.
-    unfused = config.device.type == "cpu" and config.dtype == "bfloat16" and config.block_size <= 512
-    torch.backends.cuda.enable_flash_sdp(not unfused)
-
+    choose_sdpa(config)
     batches = torch.Generator(config.device).manual_seed(config.seed)
     parts = config.grad_accum * config.world  # of a batch, for one pass of one process
     x, y = get_batch(splits["train"], config, batches)
@@ -598,7 +602,8 @@ def train(config):
         torch.distributed.init_process_group("nccl" if config.device.type == "cuda" else "gloo")
         if config.rank:  # other dropout than the first process
             torch.manual_seed(config.seed + config.rank + start)
-        replica = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)  # constants
+        replica = nn.parallel.DistributedDataParallel(model)
+        replica.broadcast_buffers = False  # they never change
 
     def save(*paths):
         if config.rank == 0:
@@ -697,7 +702,6 @@ def load_model(config):
 
 def main():
     config = parse_args()
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number, frame):  # the loop sees it after its iteration; a second signal ends the program at once
@@ -727,6 +731,8 @@ def main():
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(128 + 13)  # as a program that SIGPIPE ended
+    except KeyboardInterrupt:  # while it writes
+        sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
         if out_of_memory(error):
             fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")

@@ -503,11 +503,24 @@ def test_compiling_is_over_before_the_clock_starts(monkeypatch):
     assert passes == [True, False, True] and model.training
 
 
-def test_a_notebook_gets_its_signals_back(monkeypatch, capsys):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_notebook_gets_its_signals_back(monkeypatch, capsys, stopped):
     monkeypatch.setattr(sys, "argv", ["gpt_v3.py", *QUICK])
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    gpt_v3.main()
+    if stopped:
+        monkeypatch.setattr(gpt_v3, "time_left", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) if stopped else contextlib.nullcontext():
+        gpt_v3.main()
+    assert ("stopped at step" in capsys.readouterr().err) == stopped
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_while_it_writes_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpt_v3.py", *QUICK])
+    monkeypatch.setattr(gpt_v3.GPT, "generate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        gpt_v3.main()
+    assert end.value.code == 130 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("message", [
@@ -555,6 +568,7 @@ BAD_FLAGS = [
     ("--device cuda:77", "--device cuda:77 is not there; this machine has"),
     ("--device toaster", "--device toaster is not there; this machine has"),
     ("--device meta", "--device meta is not there; this machine has"),
+    ("--device hpu", "--device hpu is not there; this machine has"),
     ("--data nowhere.txt", "--data nowhere.txt: [Errno 2] No such file or directory"),
     ("--data empty.txt", "--data empty.txt: 0 characters to train on and 0 to validate"),
     ("--data latin1.txt", "--data latin1.txt: 'utf-8' codec can't decode"),
@@ -1931,6 +1945,14 @@ def readme():
 
 def test_readme_has_every_flag():
     assert flag_table() in readme()
+
+
+def test_readme_has_the_steps_that_were_measured():
+    texts = ("script", "rung", "dtype", "note", "device", "torch", "command")
+    measured = [{name: value if name in texts else float(value) if value else None
+                 for name, value in row.items()} for row in rows(ROOT / "results/bench_cpu_step.csv")]
+    lines = [f"| {' | '.join(cells)} |" for cells in bench.table(measured)][1:]
+    assert len(lines) == 12 and "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 def test_readme_has_the_literal_diff():

@@ -21,11 +21,13 @@ from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.lines import Line2D
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+except ImportError:
+    sys.exit("report.py: error: matplotlib is missing; pip install -r requirements.txt brings it")
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PUBLISHED = Path(__file__).with_name("seed.csv")
