@@ -541,7 +541,7 @@ def warm_up(model, x, y, config):
 
 
 def choose_sdpa(config):
-    """SDPA may use flash, but on a CPU in bfloat16 up to some 512 tokens: its unfused path is faster there."""
+    """SDPA may use flash, but not on a CPU in bfloat16 up to some 512 tokens: its unfused path wins there."""
     unfused = config.device.type == "cpu" and config.dtype == "bfloat16" and config.block_size <= 512
     torch.backends.cuda.enable_flash_sdp(not unfused)  # the switch is not CUDA's alone
 
