@@ -473,6 +473,22 @@ def test_compile_changes_nothing_but_speed(script, capsys):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_flash_is_left_out_where_it_is_slower(capsys):
+    def flash_after(train, *flags):
+        before = flags == ("--dtype", "bfloat16") or flags[-1] == "512"
+        torch.backends.cuda.enable_flash_sdp(before)  # the other way round
+        train(gpt_v3.parse_args([*QUICK, *flags]))
+        return torch.backends.cuda.flash_sdp_enabled()
+
+    try:
+        assert not flash_after(gpt_v3.train, "--dtype", "bfloat16")  # training does choose
+        assert flash_after(gpt_v3.choose_sdpa, "--dtype", "float32")
+        assert flash_after(gpt_v3.choose_sdpa, "--dtype", "bfloat16", "--block_size", "513")
+        assert not flash_after(gpt_v3.choose_sdpa, "--dtype", "bfloat16", "--block_size", "512")
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
 @slow
 def test_a_notebook_can_train_any_number_of_models():
     limits = dict(recompile_limit=2, fail_on_recompile_limit_hit=True)  # 2 for 8: a run's two, and no more
