@@ -54,10 +54,10 @@ class Block(nn.Module):
     """Communication between tokens, then computation in each: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
-        self.sa = MultiHeadAttention(config)
-        self.ffwd = FeedForward(config)
         self.ln1 = nn.LayerNorm(config.n_embd)
+        self.sa = MultiHeadAttention(config)
         self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ffwd = FeedForward(config)
 
     def forward(self, x):
         x = x + self.sa(self.ln1(x))
@@ -70,7 +70,7 @@ class GPT(nn.Module):
     def __init__(self, config, vocab_size):
         super().__init__()
         torch.backends.cuda.enable_cudnn_sdp(False)  # on a GPU, the same kernel for training and evaluation
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a kernel, bfloat16 all the same
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a kernel, still in bfloat16
         self.block_size = config.block_size
         self.token_embedding_table = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
@@ -132,7 +132,7 @@ def estimate_loss(model, data, config):
     starts = torch.arange(count, device=data.device) * last // max(1, count - 1)  # from 0 to last
     losses = [model(*get_batch(data, at, config.block_size))[1] for at in starts.split(config.batch_size)]
     model.train()
-    return torch.stack(losses).mean().item()
+    return round(torch.stack(losses).mean().item(), 6)
 
 # --- Flags -----------------------------------------------------------------------------------------------
 TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.5e-3,
@@ -238,17 +238,17 @@ def train(config):
             train_s = shown - started
             if evaluating:
                 curve[step] = [estimate_loss(model, data, config) for data in (train_data, val_data)]
+                if not math.isfinite(sum(curve[step])):
+                    fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
                 line += ": train loss {:.4f}, val loss {:.4f}".format(*curve[step])
                 eval_s = time.perf_counter() - shown
                 started += eval_s  # an evaluation takes no training time
             if step:
-                left, rate = config.max_iters - step, step * x.numel() / train_s
-                eta = round(left * train_s / step + math.ceil(left / config.eval_interval) * eval_s)
+                left, rate = config.max_iters - step, step / train_s
+                eta = round(left / rate + math.ceil(left / config.eval_interval) * eval_s)
                 line += " | {:.2f} ms/iter, {:.2f}M tok/s, eta {}:{:02}".format(
-                    1e3 * train_s / step, rate / 1e6, *divmod(eta, 60))
+                    1e3 / rate, rate * x.numel() / 1e6, *divmod(eta, 60))
             log(line, config, end="\r" if terminal and not evaluating else "\n")
-            if evaluating and not math.isfinite(sum(curve[step])):
-                fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
         if step == config.max_iters:
             break
         start = torch.randint(len(train_data) - config.block_size, (config.batch_size,), generator=generator,
@@ -264,11 +264,11 @@ def train(config):
         *curve[step], curve[best][1], best), config)
     if config.csv:
         append_rows(config.csv, vars(config) | dict(
-            experiment=model.experiment, pe_type="None", train_loss=f"{curve[step][0]:.6f}",
-            val_loss=f"{curve[step][1]:.6f}", best_val_loss=f"{curve[best][1]:.6f}", best_iter=best,
-            params=params, ms_per_iter=f"{1e3 * train_s / step:.3f}", train_s=f"{train_s:.2f}",
-            torch=torch.__version__, data=os.path.basename(config.data), data_crc32=crc32,
-            flags=run_flags(config), curve=" ".join("{}:{:.4f}:{:.4f}".format(i, *curve[i]) for i in curve)))
+            experiment=model.experiment, pe_type="None", train_loss=curve[step][0], val_loss=curve[step][1],
+            best_val_loss=curve[best][1], best_iter=best, params=params, train_s=round(train_s, 2),
+            ms_per_iter=round(1e3 * train_s / step, 3), torch=torch.__version__, data_crc32=crc32,
+            data=os.path.basename(config.data), flags=run_flags(config),
+            curve=" ".join("{}:{:.4f}:{:.4f}".format(i, *curve[i]) for i in curve)))
     return model, chars
 
 # --- Results ---------------------------------------------------------------------------------------------
