@@ -1,31 +1,25 @@
 """Why attention is fused, measured: attention by hand and by SDPA on this machine, as a table in Markdown.
 
     python bench.py                                                          # two minutes
-    python bench.py --T 256,512,1024,2048 --n_head 6 --plot attention.png    # how time and memory grow
+    python bench.py --T 256 512 1024 2048 --n_head 6 --plot attention.png    # how time and memory grow
     python bench.py --step    # a training step of the three scripts, from eager float32 to all that helps
 """
-import argparse, csv, itertools, json, math, os, platform, statistics, sys, tempfile, timeit, warnings
-
+import argparse, csv, functools, importlib.util, itertools, math, os, statistics, sys, timeit, warnings
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory is talkative
-
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-
 import gpt, gpt_v2, gpt_v3
-from gpt import fail, number
-
 try:
-    import triton, triton.testing
-    import triton.language as tl
+    import triton, triton.testing, triton.language as tl
 except ImportError:  # macOS, Windows
     triton = None
 
+SCRIPTS = gpt, gpt_v2, gpt_v3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # --- Contenders: functions of q, k, v (B, H, T, hs), mask (T, T) and dropout -> (B, H, T, hs) --------------
-
 def manual(q, k, v, mask, dropout):
     """The arithmetic of Head in gpt.py, for all heads in one batch."""
     scores = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, H, T, hs) @ (B, H, hs, T) -> (B, H, T, T)
@@ -33,47 +27,36 @@ def manual(q, k, v, mask, dropout):
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # (B, H, T, T)
     return weights @ v  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
 
-
-def sdpa(backend, bf16_sums=False):
-    """F.scaled_dot_product_attention with one of its backends.
-
-    The math backend turns bfloat16 into float32 first, unless bf16_sums: the scripts want that on a CPU.
-    """
-    def contender(q, k, v, mask, dropout):
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bf16_sums)  # not of CUDA alone
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return contender
-
+def sdpa(backend, bf16_sums, q, k, v, mask, dropout):
+    """F.scaled_dot_product_attention by one of its backends; math keeps to bfloat16 only with bf16_sums."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bf16_sums)  # a switch for CPUs, too
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 if triton:
     @triton.jit
-    def flash_kernel(Q, K, V, OUT, batch_stride, head_stride, time_stride, T, H, scale,
-                     hs: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-        """M rows of softmax(Q K^T scale) V, of one head of one sequence, in one kernel: that is "fused".
-
+    def flash_kernel(Q, K, V, OUT, batch_stride, head_stride, time_stride, T, H, scale, hs: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """BLOCK_M rows of softmax(Q K^T scale) V of one head of one sequence, in one kernel: that is "fused".
         By hand, the scores (T, T) go out to memory and come back for the mask, for the softmax, for the
-        dropout and for the product with V. Here they exist on the chip only, N keys at a time, and nothing
-        but the result (M, hs) is written. A softmax needs the maximum and the sum of a whole row, though:
+        dropout and for the product with V. Here they exist on the chip only, BLOCK_N keys at a time, and
+        nothing but the result is written. A softmax needs the maximum and the sum of a whole row, though:
         both are kept for the keys seen so far, and what was summed under an older maximum is scaled down to
         the new one. That online softmax is Milakov & Gimelshein's (2018), attention as such a kernel is Dao
         et al.'s (2022), with the rows in parallel and the keys in the loop Dao's (2023, FlashAttention-2).
-
         Q, K and V share their strides, counted in elements, the last one being 1; OUT (B, T, H, hs) is
-        contiguous. scale includes log2(e), as a GPU computes 2^x. D is hs rounded up to a power of two.
-        """
+        contiguous. scale includes log2(e), as GPUs compute 2^x; BLOCK_D is hs rounded up to a power of 2."""
         block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see the most keys: they start first
         head = tl.program_id(1).to(tl.int64)  # of all B H of them
-        rows, dims = block * M + tl.arange(0, M), tl.arange(0, D)
+        rows, dims = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         inside = (rows[:, None] < T) & (dims < hs)  # all else is padding: read as zeros, never written
         start = head // H * batch_stride + head % H * head_stride
         q = tl.load(Q + start + rows[:, None] * time_stride + dims, mask=inside, other=0.0)  # (M, D)
-
-        largest = tl.full((M,), float("-inf"), tl.float32)  # the maximum of each row's scores so far
-        total = tl.zeros((M,), tl.float32)  # sum of 2^(score - largest) so far
-        out = tl.zeros((M, D), tl.float32)  # sum of 2^(score - largest) v so far
-        for first in range(0, tl.minimum((block + 1) * M, T), N):  # causal: no key after the last row
-            keys = first + tl.arange(0, N)
+        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # the maximum of each row's scores so far
+        total = tl.zeros((BLOCK_M,), tl.float32)  # sum of 2^(score - largest) so far
+        out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # sum of 2^(score - largest) v so far
+        for first in range(0, tl.minimum((block + 1) * BLOCK_M, T), BLOCK_N):  # no key after the last row
+            keys = first + tl.arange(0, BLOCK_N)
             there = (keys[:, None] < T) & (dims < hs)
             k = tl.load(K + start + keys[:, None] * time_stride + dims, mask=there, other=0.0)  # (N, D)
             v = tl.load(V + start + keys[:, None] * time_stride + dims, mask=there, other=0.0)  # (N, D)
@@ -88,40 +71,29 @@ if triton:
         to = (head // H * T + rows[:, None]) * (H * hs) + head % H * hs + dims
         tl.store(OUT + to, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
 
-
 def triton_flash(q, k, v, mask, dropout):
-    """The kernel above: bfloat16, any T, hs from 16 to 128; forward only and without dropout."""
+    """The kernel above, for any T and for q, k and v that share their strides, the last one being 1."""
     B, H, T, hs = q.shape
-    for reason, applies in {
-            "Triton is not installed": triton is None,
-            "on a GPU only": triton and not q.is_cuda and isinstance(flash_kernel, triton.JITFunction),
-            "forward only": torch.is_grad_enabled() and q.requires_grad,
-            "without dropout only": dropout > 0,
-            "bfloat16 only": q.dtype != torch.bfloat16,
-            "head_dim 16 to 128 only": not 16 <= hs <= 128}.items():
-        if applies:
-            raise NotImplementedError(reason)
-    if q.stride(-1) != 1 or not q.stride() == k.stride() == v.stride():
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if (not triton or not q.is_cuda and isinstance(flash_kernel, triton.JITFunction) or not 16 <= hs <= 128
+            or q.dtype != torch.bfloat16 or dropout or torch.is_grad_enabled()):
+        raise NotImplementedError("Triton, GPU, bfloat16, heads of 16 to 128, forward without dropout only")
     out = q.new_empty(B, T, H, hs)  # heads side by side, as the next layer wants them
-    D = triton.next_power_of_2(hs)
+    BLOCK_D = triton.next_power_of_2(hs)
     flash_kernel[triton.cdiv(T, 128), B * H](
-        q, k, v, out, *q.stride()[:3], T, H, hs ** -0.5 * math.log2(math.e), hs=hs, D=D, M=128, N=64,
-        num_warps=8 if D == 128 else 4, num_stages=2)
+        q, k, v, out, *q.stride()[:3], T, H, hs ** -0.5 * math.log2(math.e), hs, BLOCK_D, BLOCK_M=128,
+        BLOCK_N=64, num_warps=8 if BLOCK_D == 128 else 4, num_stages=2)
     return out.transpose(1, 2)
-
 
 CONTENDERS = {
     "manual": manual,
     "manual, compiled": torch.compile(manual, dynamic=False, fullgraph=True),
-    "SDPA math": sdpa(SDPBackend.MATH),
-    "SDPA math, bf16 sums": sdpa(SDPBackend.MATH, bf16_sums=True),
-    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-    "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "SDPA math": functools.partial(sdpa, SDPBackend.MATH, False),
+    "SDPA math, bf16 sums": functools.partial(sdpa, SDPBackend.MATH, True),
+    "SDPA flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION, False),
+    "SDPA efficient": functools.partial(sdpa, SDPBackend.EFFICIENT_ATTENTION, False),
+    "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION, False),
     "Triton, this file": triton_flash,
 }
-
 
 def draw(B, H, T, hs, dtype, device):
     """New q, k, v (B, H, T, hs), views of one projection as in gpt_v3.py, and a gradient of the output."""
@@ -129,369 +101,252 @@ def draw(B, H, T, hs, dtype, device):
     q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4)
     return *(x.detach().requires_grad_() for x in (q, k, v)), grad.to(dtype).transpose(1, 2)
 
-
 def attend(function, q, k, v, grad, mask, dropout, backward):
     """One pass of a contender -> (out,), or with backward (out, dq, dk, dv)."""
     with torch.set_grad_enabled(backward):
         out = function(q, k, v, mask, dropout)
         return (out, *torch.autograd.grad(out, (q, k, v), grad)) if backward else (out,)
 
-
 # --- Correct first ---------------------------------------------------------------------------------------
-
-def max_error(function, q, k, v, grad, mask, dropout, backward):
-    """The largest error of output and gradients, each relative to its largest true value.
-
+def check(function, q, k, v, grad, mask, dropout, backward):
+    """The largest error of the output and the gradients, in multiples of what rounding and chance explain.
     The truth is manual in float64, for the first and the last sequence. With dropout there is no one truth,
-    but every draw has to keep three laws; breaking the first raises ArithmeticError, the others are errors:
+    but every draw has to keep three laws:
     * the output's squared distance from that without dropout is p/(1-p) sum_j weights_j^2 v_j^2 on average;
     * output and dv come from the same weights W after dropout: out = W v, dv = W^T grad, and so
       sum_t dv v = sum_t grad out;
     * the same shift of all keys changes nothing, sum_t dk = 0, if both passes dropped the same weights.
-    """
+    Raises ArithmeticError if the error is not below 1."""
+    rounding = 8 * 2.0 ** -(8 if q.dtype == torch.bfloat16 else 11 if q.is_cuda else 20)  # 11 bits is TF32
     ends = [0, -1]
     exact = [x[ends].detach().double().requires_grad_() for x in (q, k, v)] + [grad[ends].double()]
     true = attend(manual, *exact, mask, 0.0, backward)
     got = [x[ends].double() for x in attend(function, q, k, v, grad, mask, 0.0, backward)]
-    errors = [(x - y).abs().max() / y.abs().max() for x, y in zip(got, true)]
-    if dropout and torch.stack(errors).max() < 0.1:  # else it is wrong already
+    errors = [(x - y).abs().max() / y.abs().max() / rounding for x, y in zip(got, true)]
+    if dropout:
         got = [x[ends].double() for x in attend(function, q, k, v, grad, mask, dropout, backward)]
         q, k, v, grad = (x.detach() for x in exact)
-        identity = torch.eye(len(mask), dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1)
-        variance = manual(q, k, identity, mask, 0.0) ** 2 @ v ** 2  # (B, H, T, hs), times p/(1-p)
-        odds = ((got[0] - true[0].detach()) ** 2 / variance).mean().item()
-        if not abs(odds * (1 - dropout) / dropout - 1) < 2.5 * (2 / q[..., 0].numel()) ** 0.5:
-            raise ArithmeticError(f"wrong (drops {odds / (1 + odds):.3f}, not {dropout})")
+        weights = manual(q, k, torch.eye(len(mask), dtype=q.dtype, device=q.device), mask, 0.0)
+        variance = dropout / (1 - dropout) * weights ** 2 @ v ** 2  # (B, H, T, hs)
+        chance = 2.5 * (2 / q[..., 0].numel()) ** 0.5
+        errors.append((((got[0] - true[0].detach()) ** 2 / variance).mean() - 1).abs() / chance)
         if backward:
             out, _, dk, dv = got
-            errors += [(dv * v - grad * out).sum(-2).norm() / (grad * out).norm(),
-                       dk.sum(-2).norm() / dk.norm()]
-    return torch.stack(errors).max().item()  # nan if one is
+            errors += [(dv * v - grad * out).sum(-2).norm() / (grad * out).norm() / rounding,
+                       dk.sum(-2).norm() / dk.norm() / rounding]
+    error = torch.stack(errors).max().item()  # nan if one is
+    if not error < 1:
+        raise ArithmeticError(f"wrong: the error is {error:.2g} times what rounding and chance explain")
+    return error
 
-
-def tolerance(dtype, device):
-    """The max_error that rounding explains: bfloat16 keeps 8 bits, float32 24, or 11 as TF32 on a GPU."""
-    return 8 * 2.0 ** -(8 if dtype == torch.bfloat16 else 11 if device.type == "cuda" else 20)
-
-
-def attempt(work):
-    """work() and "", or None and in a few words the reason why not."""
+def attempt(row, work):
+    """work(), or if that fails None and the reason in row["note"]; a row with a note is let be."""
+    if row["note"]:
+        return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            return work(), ""
+            return work()
         except Exception as error:  # of any kind: from a kernel, a compiler, a driver
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if gpt.out_of_memory(error):
-                why = "out of memory"
-    if why.startswith(("No available kernel", "No viable backend")):  # SDPA's reasons are warnings
+            row["note"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if row["note"].startswith(("No available kernel", "No viable backend")):  # SDPA's reasons are warnings
         reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
         reasons = [text for text in reasons if "not used because" not in text and "disabled" not in text]
-        why = reasons[0] if reasons else "no such kernel here"
-    return None, why.replace("|", "/").rstrip(".")[:80]
-
+        row["note"] = (reasons + [row["note"]])[0]
 
 # --- Then fast -------------------------------------------------------------------------------------------
-
 def clock(call, device):
     """Milliseconds of single calls after a warm-up, for a tenth of a second."""
-    if device.type == "cuda" and triton:  # do_bench also empties the L2 cache before each call
+    if device == "cuda" and triton:  # do_bench also empties the L2 cache before each call
         return triton.testing.do_bench(call, warmup=25, rep=100, return_mode="all")
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return [1e3 * seconds for seconds in timer.blocked_autorange(min_run_time=0.1).times]
 
-
 def peak_mib(call, device):
     """MiB allocated at the peak of a call, its results included, what was there before not."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        with open(f"{folder}/trace.json", encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]") / 2**20
+    changes = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes)) / 2**20  # what is freed is negative
 
+def matmul_tflops(dtype, device):
+    """TFLOP/s of a product of two large square matrices: what this device can do."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / 1e9 / statistics.median(ms for _ in range(5) for ms in clock(lambda: a @ b, device))
 
-def matmul_rates(device):
-    """{dtype: FLOP/s} of a product of two square matrices: what this device can do."""
-    n, rates = 8192 if device.type == "cuda" else 2048, {}
-    for name, dtype in DTYPES.items():
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        times = [ms for _ in range(5) for ms in clock(lambda: a @ b, device)]
-        rates[name] = 2e3 * n**3 / statistics.median(times)
-    return rates
-
-
-def take_turns(rows, calls, rates, args, new_round=lambda: None):
-    """Time calls in turn, round by round, so that a disturbance hits them all, and complete their rows.
-
-    A row is a dict with flops, dtype and note; with a note it is left out, if it fails here it gets one.
-    """
-    times = [[] for _ in rows]
-    for _ in range(args.rounds):
-        new_round()
-        for row, call, ms in zip(rows, calls, times):
-            if not row["note"]:
-                more, row["note"] = attempt(lambda: clock(call, args.device))
-                ms += more or []
-    for row, ms in zip(rows, times):
-        flops = row.pop("flops")
+def measure(rows, peaks, rounds):
+    """Complete rows by what their calls need and take: in turn, so that a disturbance hits them all."""
+    for row in rows:
+        row["peak_mib"], row["times"] = attempt(row, lambda: peak_mib(row["call"], row["device"])), []
+    for _, row in itertools.product(range(rounds), rows):
+        row["times"] += attempt(row, lambda: clock(row["call"], row["device"])) or []
+    for row in rows:
         if not row["note"]:
-            low, median, high = statistics.quantiles(ms * 2, n=4)  # twice: there may be one alone
-            row.update(n=len(ms), ms=median, ms_q1=low, ms_q3=high, tflops=flops / median / 1e9,
-                       matmul_share=1e3 * flops / median / rates[row["dtype"]])
-    return rows
+            low, median, high = statistics.quantiles(row["times"] * 2, n=4)  # twice: there may be one alone
+            tflops = row["flops"] / median / 1e9
+            row.update(n=len(row["times"]), ms=median, ms_q1=low, ms_q3=high, tflops=tflops,
+                       matmul_share=tflops / peaks[row["dtype"]],
+                       tokens_per_s=1e3 * row["batch_size"] * row["block_size"] / median)
 
-
-def attention_rows(T, n_head, dtype, dropout, rates, args):
-    """Check and time all contenders in one configuration -> a dict for each one's each pass.
-
-    FLOPs as Dao (2023) counts: 4 T^2 hs a head, half of it as causal, 3.5 times as much with the backward.
-    """
-    B, hs = args.batch_size, args.n_embd // n_head
-    mask = torch.tril(torch.ones(T, T, dtype=torch.bool, device=args.device))
+def attention_rows(flags):
+    """Yield a row to measure for each pass of each contender, its output and gradients checked.
+    FLOPs as Dao (2023) counts: 4 T^2 hs a head, half of it as causal, 3.5 times as much with the backward."""
     torch.compiler.reset()  # to compile for this configuration alone
-    rows, calls, inputs = [], [], []
-
-    def new_inputs():
-        inputs[:] = draw(B, n_head, T, hs, DTYPES[dtype], args.device)
-
-    def check(function, backward):
-        error = max_error(function, *inputs, mask, dropout, backward)
-        if not error < tolerance(DTYPES[dtype], args.device):
-            raise ArithmeticError(f"wrong (max error {error:.2g})")
-        return peak_mib(calls[-1], args.device)
-
-    new_inputs()
-    for (name, function), backward in itertools.product(CONTENDERS.items(), (False, True)):
-        calls.append(lambda f=function, backward=backward: attend(f, *inputs, mask, dropout, backward))
-        peak, note = attempt(lambda: check(function, backward))
-        rows.append({"T": T, "batch_size": B, "n_head": n_head, "head_dim": hs, "dtype": dtype,
-                     "dropout": dropout, "attention": name, "backward": backward, "peak_mib": peak,
-                     "note": note, "flops": (7 if backward else 2) * B * n_head * T * T * hs})
-    return take_turns(rows, calls, rates, args, new_inputs)
-
+    for dtype, backward in itertools.product(DTYPES, (False, True)):
+        config = gpt.parse_args([*flags, "--dtype", dtype])
+        B, H, T, hs = config.batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        mask = torch.tril(torch.ones(T, T, dtype=torch.bool, device=config.device))
+        inputs = *draw(B, H, T, hs, DTYPES[dtype], config.device), mask, config.dropout, backward
+        for name, function in CONTENDERS.items():
+            row = vars(config) | {
+                "attention": name, "pass": "forward + backward" if backward else "forward", "note": "",
+                "flops": (7 if backward else 2) * B * H * T * T * hs,
+                "call": functools.partial(attend, function, *inputs)}
+            row["error"] = attempt(row, lambda: check(function, *inputs))
+            yield row
 
 # --- A training step -------------------------------------------------------------------------------------
-
-RUNGS = {  # name: dtype, mode of compile, whether AdamW is one fused kernel
+RUNGS = {  # name: dtype, what is compiled as one graph, whether AdamW is one fused kernel
     "eager float32": ("float32", None, False),
     "+ bfloat16": ("bfloat16", None, False),
-    "+ compile": ("bfloat16", "default", False),
-    "+ fused AdamW": ("bfloat16", "default", True),
-    "+ CUDA graphs": ("bfloat16", "reduce-overhead", True),
+    "+ compile": ("bfloat16", "block", False),
+    "+ fused AdamW": ("bfloat16", "block", True),
 }
+if torch.cuda.is_available():
+    RUNGS["+ whole model compiled"] = ("bfloat16", "model", True)
 
+def training_step(script, config, compiled, fused):
+    """A script's model and a function that trains it on a random batch (B, T) -> its loss."""
+    torch.backends.cuda.enable_flash_sdp(True)  # PyTorch's default, until the model has its say
+    data, _, chars, _ = script.load_data(config)
+    model = script.GPT(config, len(chars)).to(config.device)
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    model.forward = autocast(model.forward)
+    for module in {None: [], "block": model.blocks, "model": [model]}[compiled]:
+        module.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=fused)
+    def step():
+        torch.backends.cuda.enable_flash_sdp(flash)  # a switch for all models: others came after this one
+        start = torch.randint(len(data) - config.block_size, (config.batch_size,), device=config.device)
+        _, loss = model(*script.get_batch(data, start, config.block_size))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # at the end: so gradients count as memory of the step
+        return loss.detach()
+    return model, step
 
-def step_rows(rates, args):
-    """Time one training step of each script on each rung of the ladder -> a dict for each.
-
-    FLOPs of a token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer.
-    """
+def step_rows(flags):
+    """Yield a row to measure for a step of each script on each rung; the first step is timed here.
+    FLOPs of a token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer."""
     torch.compiler.config.force_disable_caches = True  # the first step as on a machine that never compiled it
-    rows, calls = [], []
-    for script, (rung, (dtype, mode, fused)) in itertools.product((gpt, gpt_v2, gpt_v3), RUNGS.items()):
-        if mode == "reduce-overhead" and args.device.type != "cuda":
-            continue
-        config = script.parse_args(args.script_flags)
-        splits, chars = script.load_data(config)
-        config.vocab_size, config.dtype = len(chars), dtype
-        batches = torch.Generator(config.device).manual_seed(config.seed)
-        if rung != "+ fused AdamW":  # which goes on with the model that is compiled already
-            model = script.GPT(config).to(config.device)
-            if mode == "default":
-                script.compile_blocks(model, config)
-            for block in model.blocks if mode == "reduce-overhead" else ():
-                block.compile(mode=mode)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=fused)
-
-        def step(script=script, config=config, data=splits["train"], batches=batches, model=model,
-                 optimizer=optimizer):
-            torch.backends.cuda.enable_flash_sdp(True)
-            if script is gpt_v3:
-                script.choose_sdpa(config)
-            torch.compiler.cudagraph_mark_step_begin()
-            x, y = script.get_batch(data, config, batches)
-            with script.autocast(config):
-                _, loss = model(x, y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # at the end: so gradients count as memory of the step
-            return loss.detach()
-
-        seconds, note = attempt(lambda: timeit.timeit(lambda: step().item(), number=1))
-        peak, note = (None, note) if note else attempt(lambda: peak_mib(step, config.device))
-        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-        tokens = config.batch_size * config.block_size
-        shape = {name: getattr(config, name) for name in
-                 ("batch_size", "block_size", "n_embd", "n_head", "n_layer", "dropout")}
-        rows.append(shape | {
-            "script": model.experiment, "rung": rung, "dtype": dtype, "peak_mib": peak, "note": note,
-            "first_step_s": None if rung == "+ fused AdamW" else seconds,
-            "flops": 6 * tokens * (linear + config.n_layer * config.block_size * config.n_embd)})
-        calls.append(step)
-    for row in take_turns(rows, calls, rates, args):
-        if not row["note"]:
-            row["tokens_per_s"] = 1e3 * row["batch_size"] * row["block_size"] / row["ms"]
-    return rows
-
+    for script, (rung, (dtype, compiled, fused)) in itertools.product(SCRIPTS, RUNGS.items()):
+        config = script.parse_args([*flags, "--dtype", dtype])
+        model, step = training_step(script, config, compiled, fused)
+        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        weights += config.n_layer * config.block_size * config.n_embd  # as if the causal attention were some
+        row = vars(config) | dict(script=model.experiment, rung=rung, note="", call=step,
+                                  flops=6 * config.batch_size * config.block_size * weights)
+        row["first_step_s"] = attempt(row, lambda: timeit.timeit(lambda: step().item(), number=1))
+        yield row
 
 # --- Results ---------------------------------------------------------------------------------------------
-
-def cells(row):
-    """Of a row: ms (its quartiles), TFLOP/s (as share of the matmul rate), MiB; or the reason why not."""
-    if row["note"]:
-        return [row["note"], "", ""]
-    return [cell.format(**row) for cell in (
-        "{ms:.3g} ({ms_q1:.3g} to {ms_q3:.3g})", "{tflops:.2g} ({matmul_share:.0%})", "{peak_mib:.1f}")]
-
+COLUMNS = """batch_size block_size n_embd n_head n_layer dropout dtype attention pass error script rung
+    first_step_s peak_mib n ms ms_q1 ms_q3 tokens_per_s tflops matmul_share note device torch command""".split()
 
 def table(rows):
-    """The lines of a table of attention_rows or step_rows in Markdown, the header first."""
-    if "rung" in rows[0]:
-        yield "script", "step", "ms", "TFLOP/s", "MiB", "tokens/s", "first step, s"
-        for row in rows:
-            first = row["first_step_s"]
-            yield (row["script"], row["rung"], *cells(row), f"{row.get('tokens_per_s', 0):,.0f}",
-                   "as above" if first is None else f"{first:.1f}")
-        return
-    yield ("T", "heads x dim", "dtype", "dropout", "attention", "forward, ms", "TFLOP/s", "MiB",
-           "forward + backward, ms", "TFLOP/s", "MiB")
-    ran = {row["attention"] for row in rows if not row["note"]}
-    for row, back in zip(rows[::2], rows[1::2]):
-        if row["attention"] in ran:
-            yield (row["T"], f"{row['n_head']} x {row['head_dim']}", row["dtype"], row["dropout"],
-                   row["attention"], *cells(row), *cells(back))
-    for name, note in {row["attention"]: row["note"] for row in rows if row["attention"] not in ran}.items():
-        yield "all", "all", "all", "all", name, note, "", "", note, "", ""  # never ran: one line will do
-
+    """The lines of a table in Markdown, the first two its header, without the rows that have a note."""
+    step = rows[0].get("rung")
+    names = ["script", "rung"] if step else ["block_size", "n_head", "dropout", "dtype", "attention", "pass"]
+    cells = {name: "{" + name + "}" for name in names} | {
+        "ms (quartiles)": "{ms:.3g} ({ms_q1:.3g} to {ms_q3:.3g})",
+        "TFLOP/s (of a matrix product's)": "{tflops:.2g} ({matmul_share:.0%})", "MiB": "{peak_mib:.1f}"}
+    if step:
+        cells |= {"tokens/s": "{tokens_per_s:,.0f}", "first step, s": "{first_step_s:.1f}"}
+    lines = [[cell.format(**row) for cell in cells.values()] for row in rows if not row["note"]]
+    return [f"| {' | '.join(line)} |" for line in [cells, ["---"] * len(cells), *lines]]
 
 def plot(path, rows):
-    """Draw time and memory against T, both on logarithmic axes, a column a configuration, into a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def column(row):
-        return "{n_head} heads x {head_dim}, {dtype}, dropout {dropout:g}".format(**row)
-
-    columns = list(dict.fromkeys(map(column, rows)))
-    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 + 4 * len(columns), 7), sharex=True,
-                                   sharey="row", squeeze=False, layout="constrained")
-    for (i, title), (j, (key, label)) in itertools.product(
-            enumerate(columns), enumerate({"ms": "ms", "peak_mib": "MiB at the peak"}.items())):
-        for color, name in enumerate(CONTENDERS):
-            for backward, style, suffix in ((False, ":", ", forward"), (True, "-", ", forward + backward")):
-                line = [(row["T"], row[key]) for row in rows if not row["note"] and column(row) == title
-                        and (row["attention"], row["backward"]) == (name, backward)]
-                if line:
-                    axes[j, i].loglog(*zip(*line), style, marker=".", color=f"C{color}", label=name + suffix)
-        axes[j, i].set(xlabel="T", ylabel=label, title=title)
-    lines = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside right upper", fontsize="small", frameon=False)
+    """Draw time and memory against T on logarithmic axes into a PNG, a column for each configuration."""
+    from matplotlib.figure import Figure
+    lines = {}
+    for row in rows:
+        if not row["note"]:
+            title = "{n_head} heads, {n_embd} channels, {dtype}, dropout {dropout:g}".format(**row)
+            lines.setdefault((title, row["attention"], row["pass"]), []).append(row)
+    titles = list(dict.fromkeys(title for title, _, _ in lines))
+    figure = Figure(figsize=(4 + 4 * len(titles), 7), layout="constrained")
+    axes = figure.subplots(2, len(titles), sharex=True, sharey="row", squeeze=False)
+    for (title, name, direction), line in lines.items():
+        for ax, key in zip(axes[:, titles.index(title)], ("ms", "peak_mib")):
+            ax.loglog([row["block_size"] for row in line], [row[key] for row in line],
+                      ":" if direction == "forward" else "-", marker=".", label=f"{name}, {direction}",
+                      color=f"C{list(CONTENDERS).index(name)}")
+            ax.set(title=title, xlabel="T", ylabel=key)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
 
-
-# --- Flags -----------------------------------------------------------------------------------------------
-
-def several(parse):
-    """An argparse type: one value or more, with commas between."""
-    def parse_all(text):
-        return [parse(part) for part in text.split(",")]
-    parse_all.__name__ = parse.__name__
-    return parse_all
-
-
+# --- Main ------------------------------------------------------------------------------------------------
 def parse_args(argv):
-    """The flags in argv as a Namespace, checked; with --step, script_flags are what the scripts get."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; --help lists the flags and what they take")
-    flag, count = parser.add_argument, number(int, 1)
-    flag("--step", action="store_true", help="time a training step instead; then the flags are --rounds, "
-         "--csv and those of gpt.py, with --batch_size 4 by default on a CPU")
-    flag("--rounds", type=count, default=5, help="turns of each contender, of a tenth of a second or more")
+    """The flags in argv as a Namespace, checked; its flags are those for the scripts, by configuration."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] + " Other flags are gpt.py's.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: gpt.fail(f"{message}; --help lists the flags")
+    devices, step = ["cuda"] * torch.cuda.is_available() + ["cpu"], "--step" in argv
+    flag, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    one("--step", action="store_true", help="time a training step instead")
+    one("--plot", help="draw time and memory against T into this file, a PNG")
     flag("--csv", help="write all numbers into this file")
-    if "--step" in argv and not {"-h", "--help"} & set(argv):
-        args, flags = parser.parse_known_args(argv)
-        args.device, args.plot = gpt.parse_args(flags).device, None
-        args.script_flags = ["--batch_size=4"] * (args.device.type == "cpu") + flags
-    else:
-        flag("--plot", help="draw time and memory against T into this file, a PNG")
-        flag("--T", type=several(count), default=[256], help="sequence lengths, with commas between")
-        flag("--n_head", type=several(count), default=[6, 8, 12], help="attention heads, likewise")
-        flag("--n_embd", type=count, default=384, help="channels, a multiple of each --n_head")
-        flag("--batch_size", type=count, help="sequences; None is 64 on a GPU, 4 on a CPU")
-        flag("--dtype", type=several(str), default=list(DTYPES), help="with commas between")
-        flag("--dropout", type=several(number(float, 0, 1)), default=[0.0, 0.2], help="likewise")
-        flag("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda, else cpu")
-        args = parser.parse_args(argv)
-        for dtype in set(args.dtype) - set(DTYPES):
-            fail(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-        for n_head in args.n_head:
-            if args.n_embd % n_head:
-                fail(f"--n_embd {args.n_embd} is not a multiple of --n_head {n_head}")
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = gpt.parse_args(["--device", auto if args.device == "auto" else args.device]).device
-        args.batch_size = args.batch_size or (4 if args.device.type == "cpu" else 64)
-    if args.device.type not in ("cpu", "cuda"):
-        fail(f"--device {args.device} cannot be timed, only cpu and cuda can")
-    for name, path in (("csv", args.csv), ("plot", args.plot)):
-        try:
-            if path:
-                open(path, "ab").close()  # better now than in two minutes
-            if name == "plot" and path:
-                import matplotlib  # noqa: F401
-        except (OSError, ImportError) as error:
-            fail(f"--{name} {path}: {error}")
+    flag("--rounds", type=int, default=5, help="turns of each contender, of a tenth of a second or more")
+    flag("--device", choices=devices, default=devices[0], help="where to compute")
+    flag("--T", "--block_size", dest="block_size", nargs="+", default=[256], help="sequence lengths")
+    flag("--n_head", nargs="+", default=[6] if step else [6, 8, 12], help="attention heads")
+    flag("--dropout", nargs="+", default=[0.2] if step else [0.0, 0.2], help="shares of weights dropped")
+    args, others = parser.parse_known_args(argv)
+    others = [f"--device={args.device}"] + ["--batch_size=4"] * (args.device == "cpu") + others
+    args.flags = [[*others, f"--block_size={T}", f"--n_head={n_head}", f"--dropout={dropout}"]
+                  for T, n_head, dropout in itertools.product(args.block_size, args.n_head, args.dropout)]
+    for script, flags in itertools.product(SCRIPTS, args.flags):
+        script.parse_args(flags)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} is less than 1")
+    for path in filter(None, (args.csv, args.plot)):  # better now than in two minutes
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            parser.error(f"{path} is a folder, or in none that can be written to")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib")
     return args
-
 
 def main():
     args = parse_args(sys.argv[1:])
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as the scripts do
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-        machine = torch.cuda.get_device_name(args.device)
-    else:
-        machine = f"a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), " \
-                  f"{torch.get_num_threads()} threads"
-    rates, rows = matmul_rates(args.device), []
-    if args.step:
-        rows = step_rows(rates, args)
-    else:
-        for configuration in itertools.product(args.T, args.n_head, args.dtype, args.dropout):
-            if sys.stderr.isatty():
-                print("T {}, {} heads, {}, dropout {} ".format(*configuration), end="\r", file=sys.stderr)
-            rows += attention_rows(*configuration, rates, args)
-    command = " ".join(["python", "bench.py", *sys.argv[1:]])
-    print(f"`{command}` on {machine}, torch {torch.__version__}, batch {rows[0]['batch_size']}"
-          f"{' (smaller than on a GPU)' * (args.device.type == 'cpu')}: median (quartiles) of "
-          f"{min((row['n'] for row in rows if not row['note']), default=0)} or more timings; TFLOP/s (share "
-          "of " + " and ".join(f"{rate / 1e12:.2g} in {name}" for name, rate in rates.items())
-          + " of a large matrix product); MiB allocated at the peak, without what was there before.\n")
-    for i, line in enumerate(table(rows)):
-        print("|", " | ".join(map(str, line)), "|")
-        if i == 0:
-            print("|", " | ".join("---" for _ in line), "|")
+    cpu = f"a CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    common = dict(device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+                  torch=torch.__version__, command=" ".join(["python bench.py", *sys.argv[1:]]))
+    print("`{command}` on {device}, torch {torch}; MiB at a call's peak.\n".format(**common))
+    peaks, rows = {name: matmul_tflops(dtype, args.device) for name, dtype in DTYPES.items()}, []
+    for flags in args.flags:
+        new = list(step_rows(flags) if args.step else attention_rows(flags))
+        measure(new, peaks, args.rounds)
+        print("\n".join(table(new)[2 * bool(rows):]), flush=True)
+        rows += new
+    notes = "* {script}, {rung}: {note}" if args.step else "* {attention}: {note}"
+    print("", *dict.fromkeys(notes.format(**row) for row in rows if row["note"]), sep="\n")
     if args.csv:
-        common = {"device": machine, "torch": torch.__version__, "command": command}
-        rows = [row | common for row in rows]
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            out = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
+            out = csv.DictWriter(file, COLUMNS, "", "ignore", lineterminator="\n")
             out.writeheader()
-            out.writerows({name: f"{value:.5g}" if isinstance(value, float) else value
-                           for name, value in row.items()} for row in rows)
+            out.writerows(row | common for row in rows)
     if args.plot:
         plot(args.plot, rows)
-
 
 if __name__ == "__main__":
     main()

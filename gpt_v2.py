@@ -135,8 +135,8 @@ def estimate_loss(model, data, config):
     return round(torch.stack(losses).mean().item(), 6)
 
 # --- Flags -----------------------------------------------------------------------------------------------
-TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.5e-3,
-            max_iters=2000, eval_interval=500, eval_iters=100)
+TINY = ("--batch_size 16 --block_size 96 --max_iters 2000 --eval_interval 500 --eval_iters 100 "
+        "--learning_rate 1.5e-3 --n_embd 128 --n_head 4 --n_layer 2 --dropout 0")
 
 def fail(message, status=2):
     """End the program with one line on standard error; status 2 asks for other flags or another file."""
@@ -169,9 +169,8 @@ def parse_args(argv=None):
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto compiles on cuda")
     flag("--csv", help="a file to append a row with the final losses to")
     flag("--sample_chars", type=int, default=500, help="characters to write at the end")
-    flag("--tiny", action="store_true", help=f"a preset for a laptop; other flags win over it: {TINY}")
-    parser.set_defaults(**(TINY if "--tiny" in argv else {}))
-    args = parser.parse_args(argv)
+    flag("--tiny", action="store_true", help=f"for a laptop, and other flags win: {TINY}")
+    args = parser.parse_args((TINY.split() if "--tiny" in argv else []) + argv)  # the last of a flag wins
     ranges = dict(learning_rate=(0, 10), dropout=(0, 0.99), seed=(0, 2**63 - 1), sample_chars=(0, 10**9))
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1, 10**9))

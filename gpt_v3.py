@@ -170,9 +170,9 @@ def estimate_loss(model, data, config, attention_dropout=False):
     return round(torch.stack(losses).mean().item(), 6)
 
 # --- Flags -----------------------------------------------------------------------------------------------
-TINY = dict(batch_size=16, block_size=96, n_embd=128, n_head=4, n_layer=2, dropout=0.0, learning_rate=1.2e-2,
-            max_iters=2100, eval_interval=700, eval_iters=100, warmup_iters=100, min_lr=1e-4,
-            weight_decay=0.1, beta2=0.99)
+TINY = ("--batch_size 16 --block_size 96 --max_iters 2100 --eval_interval 700 --eval_iters 100 "
+        "--learning_rate 1.2e-2 --n_embd 128 --n_head 4 --n_layer 2 --dropout 0 --warmup_iters 100 "
+        "--min_lr 1e-4 --weight_decay 0.1 --beta2 0.99")
 
 def fail(message, status=2):
     """End the program with one line on standard error; status 2 asks for other flags or another file."""
@@ -220,11 +220,11 @@ def parse_args(argv=None):
     flag("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest character")
     flag("--top_k", type=int, help="sample from the k likeliest characters only")
     flag("--sample_chars", "--num_tokens", type=int, default=500, help="characters to write at the end")
-    flag("--tiny", action="store_true", help=f"a preset for a laptop; other flags win over it: {TINY}")
+    flag("--tiny", action="store_true", help=f"for a laptop, and other flags win: {TINY}")
     args = parser.parse_args(argv)
-    file, tiny = args.resume or args.generate, [f"--{name}={value}" for name, value in TINY.items()]
-    preset = load_run(file)["flags"] if file else tiny * args.tiny
-    args, saved = parser.parse_args(preset + argv), parser.parse_args(preset)  # what comes later wins
+    file = args.resume or args.generate
+    preset = load_run(file)["flags"] if file else TINY.split() * args.tiny
+    args, saved = parser.parse_args(preset + argv), parser.parse_args(preset)  # the last of a flag wins
     for name in "block_size n_embd n_head n_layer pe pe_at".split() * bool(file):
         if vars(args)[name] != vars(saved)[name]:
             parser.error(f"--{name} {vars(args)[name]}: the model in {file} has {vars(saved)[name]}")
@@ -338,7 +338,7 @@ def train(config):
             undo.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN if rank else stop))
         for step in range(first, config.max_iters + 1):
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
-            if stops or evaluating or step == 10 or terminal and time.perf_counter() > shown + 0.5:
+            if stops or evaluating or step == first + 10 or terminal and time.perf_counter() > shown + 0.5:
                 if step > first:
                     loss.item()  # waits for the device
                 shown, line = time.perf_counter(), f"step {step}"
@@ -356,8 +356,8 @@ def train(config):
                         model=model.state_dict(), optimizer=optimizer.state_dict(),
                         generator=generator.get_state(), rng=random.get_rng_state()))
                 if stops:
-                    how = f"--resume {config.save} goes on" if config.save else "nothing was saved"
-                    fail(f"stopped at step {step}; {how}", 128 + stops[0])
+                    fail(f"stopped at step {step}" + f"; --resume {config.save} goes on" * bool(config.save),
+                         128 + stops[0])
                 if evaluating:
                     eval_s = time.perf_counter() - shown
                     started += eval_s  # an evaluation takes no training time
