@@ -17,12 +17,13 @@ class Head(nn.Module):
     """One head of causal self-attention (Vaswani et al. 2017): (B, T, C) -> (B, T, hs)."""
     def __init__(self, config):
         super().__init__()
-        T, head_size = config.block_size, config.n_embd // config.n_head
+        head_size = config.n_embd // config.n_head
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("tril", torch.tril(torch.ones(T, T, dtype=torch.bool)), persistent=False)
+        tril = torch.tril(torch.ones(config.block_size, config.block_size, dtype=torch.bool))
+        self.register_buffer("tril", tril, persistent=False)
 
     def forward(self, x):
         k, q, v = self.key(x), self.query(x), self.value(x)  # (B, T, hs)
