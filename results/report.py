@@ -282,7 +282,7 @@ def pe_figure(runs):
                               markersize=7, markeredgecolor="white", elinewidth=1)
         axes.axvline(0, color="0.7", linewidth=1, zorder=0)
         axes.locator_params(axis="x", nbins=6)
-        axes.set(xlabel=f"{LOSSES[name]} less the mean of the encodings",
+        axes.set(xlabel=f"{LOSSES[name]} less the mean of the encodings", ylim=(-0.6, len(rests) - 0.4),
                  title=f"{LOSSES[name].capitalize()} by encoding")
         axes.set_yticks(range(len(rests)), ["{} wide, {} heads, {} layers".format(*rest) for rest in rests])
     bar = handle("standard deviation over seeds", "0.5", linestyle="-", marker="")
