@@ -9,14 +9,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memo
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 import gpt, gpt_v2, gpt_v3
 try:
     import triton, triton.testing, triton.language as tl
 except ImportError:  # macOS, Windows
     triton = None
 
-SCRIPTS = gpt, gpt_v2, gpt_v3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # --- Contenders: functions of q, k, v (B, H, T, hs), mask (T, T) and dropout -> (B, H, T, hs) --------------
@@ -28,7 +26,7 @@ def manual(q, k, v, mask, dropout):
     return weights @ v  # (B, H, T, T) @ (B, H, T, hs) -> (B, H, T, hs)
 
 def sdpa(backend, bf16_sums, q, k, v, mask, dropout):
-    """F.scaled_dot_product_attention by one of its backends; math keeps to bfloat16 only with bf16_sums."""
+    """F.scaled_dot_product_attention by one backend; math computes in float32 unless bf16_sums."""
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bf16_sums)  # a switch for CPUs, too
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -76,7 +74,7 @@ def triton_flash(q, k, v, mask, dropout):
     B, H, T, hs = q.shape
     if (not triton or not q.is_cuda and isinstance(flash_kernel, triton.JITFunction) or not 16 <= hs <= 128
             or q.dtype != torch.bfloat16 or dropout or torch.is_grad_enabled()):
-        raise NotImplementedError("Triton, GPU, bfloat16, heads of 16 to 128, forward without dropout only")
+        raise NotImplementedError("needs Triton, a GPU, bfloat16, 16 <= hs <= 128, no dropout, no backward")
     out = q.new_empty(B, T, H, hs)  # heads side by side, as the next layer wants them
     BLOCK_D = triton.next_power_of_2(hs)
     flash_kernel[triton.cdiv(T, 128), B * H](
@@ -92,8 +90,7 @@ CONTENDERS = {
     "SDPA flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION, False),
     "SDPA efficient": functools.partial(sdpa, SDPBackend.EFFICIENT_ATTENTION, False),
     "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION, False),
-    "Triton, this file": triton_flash,
-}
+    "Triton, this file": triton_flash}
 
 def draw(B, H, T, hs, dtype, device):
     """New q, k, v (B, H, T, hs), views of one projection as in gpt_v3.py, and a gradient of the output."""
@@ -111,12 +108,11 @@ def attend(function, q, k, v, grad, mask, dropout, backward):
 def check(function, q, k, v, grad, mask, dropout, backward):
     """The largest error of the output and the gradients, in multiples of what rounding and chance explain.
     The truth is manual in float64, for the first and the last sequence. With dropout there is no one truth,
-    but every draw has to keep three laws:
+    but every draw has to keep three laws; an error of 1 or more raises ArithmeticError:
     * the output's squared distance from that without dropout is p/(1-p) sum_j weights_j^2 v_j^2 on average;
     * output and dv come from the same weights W after dropout: out = W v, dv = W^T grad, and so
       sum_t dv v = sum_t grad out;
-    * the same shift of all keys changes nothing, sum_t dk = 0, if both passes dropped the same weights.
-    Raises ArithmeticError if the error is not below 1."""
+    * the same shift of all keys changes nothing, sum_t dk = 0, if both passes dropped the same weights."""
     rounding = 8 * 2.0 ** -(8 if q.dtype == torch.bfloat16 else 11 if q.is_cuda else 20)  # 11 bits is TF32
     ends = [0, -1]
     exact = [x[ends].detach().double().requires_grad_() for x in (q, k, v)] + [grad[ends].double()]
@@ -128,7 +124,7 @@ def check(function, q, k, v, grad, mask, dropout, backward):
         q, k, v, grad = (x.detach() for x in exact)
         weights = manual(q, k, torch.eye(len(mask), dtype=q.dtype, device=q.device), mask, 0.0)
         variance = dropout / (1 - dropout) * weights ** 2 @ v ** 2  # (B, H, T, hs)
-        chance = 2.5 * (2 / q[..., 0].numel()) ** 0.5
+        chance = 2.5 * (max(2, 1 / dropout / (1 - dropout) - 4) / q[..., 0].numel()) ** 0.5  # 2.5 sigma
         errors.append((((got[0] - true[0].detach()) ** 2 / variance).mean() - 1).abs() / chance)
         if backward:
             out, _, dk, dv = got
@@ -152,15 +148,17 @@ def attempt(row, work):
     if row["note"].startswith(("No available kernel", "No viable backend")):  # SDPA's reasons are warnings
         reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
         reasons = [text for text in reasons if "not used because" not in text and "disabled" not in text]
-        row["note"] = (reasons + [row["note"]])[0]
+        row["note"] = (reasons + ["no such kernel here"])[0]
 
 # --- Then fast -------------------------------------------------------------------------------------------
 def clock(call, device):
-    """Milliseconds of single calls after a warm-up, for a tenth of a second."""
-    if device == "cuda" and triton:  # do_bench also empties the L2 cache before each call
+    """Milliseconds of each of the calls that fit into a tenth of a second, of one at least."""
+    if device == "cuda":  # do_bench also empties the L2 cache before each call
         return triton.testing.do_bench(call, warmup=25, rep=100, return_mode="all")
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return [1e3 * seconds for seconds in timer.blocked_autorange(min_run_time=0.1).times]
+    times = []
+    while sum(times) < 100:
+        times.append(1e3 * timeit.timeit(call, number=1))
+    return times
 
 def peak_mib(call, device):
     """MiB allocated at the peak of a call, its results included, what was there before not."""
@@ -176,9 +174,9 @@ def peak_mib(call, device):
 
 def matmul_tflops(dtype, device):
     """TFLOP/s of a product of two large square matrices: what this device can do."""
-    n = 8192 if device == "cuda" else 2048
+    n = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / 1e9 / statistics.median(ms for _ in range(5) for ms in clock(lambda: a @ b, device))
+    return 2 * n**3 / 1e9 / statistics.median(clock(lambda: a @ b.T, device))  # transposed as in a Linear
 
 def measure(rows, peaks, rounds):
     """Complete rows by what their calls need and take: in turn, so that a disturbance hits them all."""
@@ -187,6 +185,7 @@ def measure(rows, peaks, rounds):
     for _, row in itertools.product(range(rounds), rows):
         row["times"] += attempt(row, lambda: clock(row["call"], row["device"])) or []
     for row in rows:
+        del row["call"]  # and what it holds
         if not row["note"]:
             low, median, high = statistics.quantiles(row["times"] * 2, n=4)  # twice: there may be one alone
             tflops = row["flops"] / median / 1e9
@@ -198,31 +197,27 @@ def attention_rows(flags):
     """Yield a row to measure for each pass of each contender, its output and gradients checked.
     FLOPs as Dao (2023) counts: 4 T^2 hs a head, half of it as causal, 3.5 times as much with the backward."""
     torch.compiler.reset()  # to compile for this configuration alone
-    for dtype, backward in itertools.product(DTYPES, (False, True)):
-        config = gpt.parse_args([*flags, "--dtype", dtype])
-        B, H, T, hs = config.batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
-        mask = torch.tril(torch.ones(T, T, dtype=torch.bool, device=config.device))
-        inputs = *draw(B, H, T, hs, DTYPES[dtype], config.device), mask, config.dropout, backward
-        for name, function in CONTENDERS.items():
-            row = vars(config) | {
-                "attention": name, "pass": "forward + backward" if backward else "forward", "note": "",
-                "flops": (7 if backward else 2) * B * H * T * T * hs,
-                "call": functools.partial(attend, function, *inputs)}
-            row["error"] = attempt(row, lambda: check(function, *inputs))
-            yield row
+    config = gpt.parse_args(flags)
+    B, H, T, hs = config.batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+    mask = torch.tril(torch.ones(T, T, dtype=torch.bool, device=config.device))
+    inputs = *draw(B, H, T, hs, DTYPES[config.dtype], config.device), mask, config.dropout
+    for backward, (name, function) in itertools.product((False, True), CONTENDERS.items()):
+        row = vars(config) | {"attention": name, "pass": "forward + backward" if backward else "forward",
+                              "flops": (7 if backward else 2) * B * H * T * T * hs, "note": "",
+                              "call": functools.partial(attend, function, *inputs, backward)}
+        row["error"] = attempt(row, lambda: check(function, *inputs, backward))
+        yield row
 
 # --- A training step -------------------------------------------------------------------------------------
 RUNGS = {  # name: dtype, what is compiled as one graph, whether AdamW is one fused kernel
     "eager float32": ("float32", None, False),
-    "+ bfloat16": ("bfloat16", None, False),
-    "+ compile": ("bfloat16", "block", False),
-    "+ fused AdamW": ("bfloat16", "block", True),
-}
-if torch.cuda.is_available():
-    RUNGS["+ whole model compiled"] = ("bfloat16", "model", True)
+    "+ bfloat16": ("auto", None, False),
+    "+ compile": ("auto", "block", False),
+    "+ fused AdamW": ("auto", "block", True),
+    "+ whole model compiled": ("auto", "model", True)}
 
 def training_step(script, config, compiled, fused):
-    """A script's model and a function that trains it on a random batch (B, T) -> its loss."""
+    """A script's new model, and a function that trains it for one step on a random batch -> the loss."""
     torch.backends.cuda.enable_flash_sdp(True)  # PyTorch's default, until the model has its say
     data, _, chars, _ = script.load_data(config)
     model = script.GPT(config, len(chars)).to(config.device)
@@ -246,8 +241,10 @@ def step_rows(flags):
     """Yield a row to measure for a step of each script on each rung; the first step is timed here.
     FLOPs of a token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer."""
     torch.compiler.config.force_disable_caches = True  # the first step as on a machine that never compiled it
-    for script, (rung, (dtype, compiled, fused)) in itertools.product(SCRIPTS, RUNGS.items()):
+    for script, (rung, (dtype, compiled, fused)) in itertools.product((gpt, gpt_v2, gpt_v3), RUNGS.items()):
         config = script.parse_args([*flags, "--dtype", dtype])
+        if (rung, config.dtype) == ("+ bfloat16", "float32") or (compiled, config.device) == ("model", "cpu"):
+            continue  # bfloat16 is slow here, and a CPU launches no kernels that larger graphs could save
         model, step = training_step(script, config, compiled, fused)
         weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         weights += config.n_layer * config.block_size * config.n_embd  # as if the causal attention were some
@@ -257,16 +254,17 @@ def step_rows(flags):
         yield row
 
 # --- Results ---------------------------------------------------------------------------------------------
-COLUMNS = """batch_size block_size n_embd n_head n_layer dropout dtype attention pass error script rung
-    first_step_s peak_mib n ms ms_q1 ms_q3 tokens_per_s tflops matmul_share note device torch command""".split()
+COLUMNS = """batch_size block_size n_embd n_head n_layer dropout dtype attention pass script rung error
+    first_step_s peak_mib n ms ms_q1 ms_q3 tokens_per_s tflops matmul_share note device torch command"""
 
 def table(rows):
     """The lines of a table in Markdown, the first two its header, without the rows that have a note."""
     step = rows[0].get("rung")
-    names = ["script", "rung"] if step else ["block_size", "n_head", "dropout", "dtype", "attention", "pass"]
-    cells = {name: "{" + name + "}" for name in names} | {
-        "ms (quartiles)": "{ms:.3g} ({ms_q1:.3g} to {ms_q3:.3g})",
-        "TFLOP/s (of a matrix product's)": "{tflops:.2g} ({matmul_share:.0%})", "MiB": "{peak_mib:.1f}"}
+    cells = {"B x T x C": "{batch_size:g} x {block_size:g} x {n_embd:g}", "heads": "{n_head:g}",
+             "dropout": "{dropout:g}", "dtype": "{dtype}"}
+    cells |= {"script": "{script}", "rung": "{rung}"} if step else {"attention": "{attention}", "pass": "{pass}"}
+    cells |= {"ms (quartiles)": "{ms:.4g} ({ms_q1:.4g} to {ms_q3:.4g})",
+              "TFLOP/s (share of matmul)": "{tflops:.2g} ({matmul_share:.0%})", "MiB": "{peak_mib:.1f}"}
     if step:
         cells |= {"tokens/s": "{tokens_per_s:,.0f}", "first step, s": "{first_step_s:.1f}"}
     lines = [[cell.format(**row) for cell in cells.values()] for row in rows if not row["note"]]
@@ -277,9 +275,8 @@ def plot(path, rows):
     from matplotlib.figure import Figure
     lines = {}
     for row in rows:
-        if not row["note"]:
-            title = "{n_head} heads, {n_embd} channels, {dtype}, dropout {dropout:g}".format(**row)
-            lines.setdefault((title, row["attention"], row["pass"]), []).append(row)
+        title = "{n_head} heads, {dtype}, dropout {dropout:g}".format(**row)
+        lines.setdefault((title, row["attention"], row["pass"]), []).append(row)
     titles = list(dict.fromkeys(title for title, _, _ in lines))
     figure = Figure(figsize=(4 + 4 * len(titles), 7), layout="constrained")
     axes = figure.subplots(2, len(titles), sharex=True, sharey="row", squeeze=False)
@@ -295,31 +292,31 @@ def plot(path, rows):
 # --- Main ------------------------------------------------------------------------------------------------
 def parse_args(argv):
     """The flags in argv as a Namespace, checked; its flags are those for the scripts, by configuration."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] + " Other flags are gpt.py's.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: gpt.fail(f"{message}; --help lists the flags")
-    devices, step = ["cuda"] * torch.cuda.is_available() + ["cpu"], "--step" in argv
-    flag, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    one("--step", action="store_true", help="time a training step instead")
-    one("--plot", help="draw time and memory against T into this file, a PNG")
+    devices = ["cuda"] * bool(triton and torch.cuda.is_available()) + ["cpu"]
+    flag, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    either("--step", action="store_true", help="time a training step; flags not listed here are gpt.py's")
+    either("--plot", help="draw time and memory against T into this file, a PNG")
     flag("--csv", help="write all numbers into this file")
     flag("--rounds", type=int, default=5, help="turns of each contender, of a tenth of a second or more")
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     flag("--T", "--block_size", dest="block_size", nargs="+", default=[256], help="sequence lengths")
-    flag("--n_head", nargs="+", default=[6] if step else [6, 8, 12], help="attention heads")
-    flag("--dropout", nargs="+", default=[0.2] if step else [0.0, 0.2], help="shares of weights dropped")
+    flag("--n_head", nargs="+", default=[6], help="numbers of attention heads")
+    flag("--dtype", nargs="+", default=["auto"] if "--step" in argv else list(DTYPES), help="precisions")
+    flag("--dropout", nargs="+", default=[0.2] if "--step" in argv else [0.0, 0.2], help="shares dropped")
     args, others = parser.parse_known_args(argv)
     others = [f"--device={args.device}"] + ["--batch_size=4"] * (args.device == "cpu") + others
-    args.flags = [[*others, f"--block_size={T}", f"--n_head={n_head}", f"--dropout={dropout}"]
-                  for T, n_head, dropout in itertools.product(args.block_size, args.n_head, args.dropout)]
-    for script, flags in itertools.product(SCRIPTS, args.flags):
+    args.flags = [[*others, f"--block_size={T}", f"--n_head={H}", f"--dtype={dtype}", f"--dropout={p}"] for
+                  T, H, dtype, p in itertools.product(args.block_size, args.n_head, args.dtype, args.dropout)]
+    for script, flags in itertools.product((gpt, gpt_v2, gpt_v3), args.flags):
         script.parse_args(flags)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} is less than 1")
     for path in filter(None, (args.csv, args.plot)):  # better now than in two minutes
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-            parser.error(f"{path} is a folder, or in none that can be written to")
+            parser.error(f"{path} is a folder, or in none that is there and can be written to")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib")
     return args
@@ -342,11 +339,11 @@ def main():
     print("", *dict.fromkeys(notes.format(**row) for row in rows if row["note"]), sep="\n")
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            out = csv.DictWriter(file, COLUMNS, "", "ignore", lineterminator="\n")
+            out = csv.DictWriter(file, COLUMNS.split(), "", "ignore", lineterminator="\n")
             out.writeheader()
             out.writerows(row | common for row in rows)
     if args.plot:
-        plot(args.plot, rows)
+        plot(args.plot, [row for row in rows if not row["note"]])
 
 if __name__ == "__main__":
     main()
