@@ -262,7 +262,7 @@ def table(rows):
     step = rows[0].get("rung")
     cells = {"B x T x C": "{batch_size:g} x {block_size:g} x {n_embd:g}", "heads": "{n_head:g}",
              "dropout": "{dropout:g}", "dtype": "{dtype}"}
-    cells |= {"script": "{script}", "rung": "{rung}"} if step else {"attention": "{attention}", "pass": "{pass}"}
+    cells |= {name: f"{{{name}}}" for name in (("script", "rung") if step else ("attention", "pass"))}
     cells |= {"ms (quartiles)": "{ms:.4g} ({ms_q1:.4g} to {ms_q3:.4g})",
               "TFLOP/s (share of matmul)": "{tflops:.2g} ({matmul_share:.0%})", "MiB": "{peak_mib:.1f}"}
     if step:

@@ -7,7 +7,7 @@ Shakespeare a character at a time and learns to write the next one, with its att
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "numpy"]
 # ///
-import argparse, csv, math, os, sys, time, zlib
+import argparse, csv, io, math, os, sys, time, zlib
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -218,9 +218,8 @@ def train(config):
     train_data, val_data, chars, crc32 = load_data(config)
     if config.csv:
         append_rows(config.csv)
-    model = GPT(config, len(chars)).to(config.device)
-    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    model.forward = autocast(model.forward)  # its matrix products are in bfloat16, its weights in float32
+    model = GPT(config, len(chars)).to(config.device)  # weights in float32, matrix products in config.dtype:
+    model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator(config.device).manual_seed(config.seed)
     params = sum(p.numel() for p in model.parameters())
@@ -248,18 +247,16 @@ def train(config):
                 left, rate = config.max_iters - step, step / train_s
                 eta = round(left / rate + math.ceil(left / config.eval_interval) * eval_s)
                 line += " | {:.2f} ms/iter, {:.2f}M tok/s, eta {}:{:02}".format(
-                    1e3 / rate, rate * x.numel() / 1e6, *divmod(eta, 60))
+                    1e3 / rate, rate * config.batch_size * config.block_size / 1e6, *divmod(eta, 60))
             log(line, config, end="\r" if terminal and not evaluating else "\n")
         if step == config.max_iters:
             break
         start = torch.randint(len(train_data) - config.block_size, (config.batch_size,), generator=generator,
                               device=config.device)
-        x, y = get_batch(train_data, start, config.block_size)
-        _, loss = model(x, y)
+        _, loss = model(*get_batch(train_data, start, config.block_size))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-
     best = min(curve, key=lambda step: curve[step][1])
     log("final: train loss {:.4f}, val loss {:.4f} (best {:.4f} at step {})".format(
         *curve[step], curve[best][1], best), config)
@@ -283,20 +280,24 @@ def run_flags(config):
     return " ".join(f"--{name} {vars(config)[name]}" for name in names[:names.index("data")])
 
 def append_rows(path, *rows):
-    """Append dicts, or only the header, to a CSV of COLUMNS; locked, so runs side by side tear no line."""
-    header = ",".join(COLUMNS) + "\n"
+    """Append dicts, or only the header, to a CSV of COLUMNS, locked and in one write: no line is torn."""
+    header, text = ",".join(COLUMNS) + "\n", io.StringIO()
+    csv.DictWriter(text, COLUMNS, "", "ignore", lineterminator="\n").writerows(rows)
     try:
-        with open(path, "a+", encoding="utf-8") as file:
+        with open(path, "a+b", buffering=0) as file:
             if os.name == "posix":
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            data = (header * (size == 0) + text.getvalue()).encode()
             file.seek(0)
-            if file.readline() not in ("", header):
+            if size and file.readline() != header.encode():
                 raise ValueError("it has other columns")
-            file.write(header * (file.tell() == 0))
-            csv.DictWriter(file, COLUMNS, "", "ignore", lineterminator="\n").writerows(rows)
+            if file.write(data) < len(data):
+                file.truncate(size)
+                raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
-        fail(f"--csv {path}: {error}" + f"; the row was {rows}" * len(rows), 1 if rows else 2)
+        fail(f"--csv {path}: {error}" + f"; the row was {text.getvalue()}" * len(rows), 1 if rows else 2)
 
 # --- Main ------------------------------------------------------------------------------------------------
 def main():
@@ -305,9 +306,8 @@ def main():
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show becomes a question mark
     try:
         model, chars = train(config)
-        start = torch.zeros((1, 1), dtype=torch.long, device=config.device)  # the first character, a new line
         with torch.compiler.set_stance("force_eager"):  # every length is new: nothing to compile for
-            tokens = model.eval().generate(start, config.sample_chars)[0]
+            tokens = model.eval().generate(torch.tensor([[0]], device=config.device), config.sample_chars)[0]
         log("".join(chars[token] for token in tokens), config)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C, before there was a row or a sample", 130)

@@ -302,9 +302,8 @@ def train(config):
     train_data, val_data, chars, crc32 = load_data(config)
     if config.csv:
         append_rows(config.csv)
-    model = GPT(config, len(chars)).to(config.device)
-    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    model.forward = autocast(model.forward)  # its matrix products are in bfloat16, its weights in float32
+    model = GPT(config, len(chars)).to(config.device)  # weights in float32, matrix products in config.dtype:
+    model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(config.device).manual_seed(config.seed)
@@ -382,7 +381,6 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
-
     log("final: train loss {:.4f}, val loss {:.4f} (best {:.4f} at step {})".format(
         *curve[step], curve[best][1], best), config)
     if config.compile:
@@ -415,7 +413,8 @@ def load_run(path):
     """What save_run wrote to path, on the CPU; nothing in it is executed."""
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {"flags": shlex.split(str(state["flags"])), "chars": list(state["chars"])}
+        names = "chars crc32 step train_s curve model optimizer generator rng".split()
+        return {name: state[name] for name in names} | {"flags": shlex.split(str(state["flags"]))}
 
 def save_run(paths, state):
     """Write state to each of paths, by way of a temporary file: what has the name is always whole."""
@@ -443,20 +442,24 @@ def run_flags(config):
                     if vars(config)[name] is not None)
 
 def append_rows(path, *rows):
-    """Append dicts, or only the header, to a CSV of COLUMNS; locked, so runs side by side tear no line."""
-    header = ",".join(COLUMNS) + "\n"
+    """Append dicts, or only the header, to a CSV of COLUMNS, locked and in one write: no line is torn."""
+    header, text = ",".join(COLUMNS) + "\n", io.StringIO()
+    csv.DictWriter(text, COLUMNS, "", "ignore", lineterminator="\n").writerows(rows)
     try:
-        with open(path, "a+", encoding="utf-8") as file:
+        with open(path, "a+b", buffering=0) as file:
             if os.name == "posix":
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            data = (header * (size == 0) + text.getvalue()).encode()
             file.seek(0)
-            if file.readline() not in ("", header):
+            if size and file.readline() != header.encode():
                 raise ValueError("it has other columns")
-            file.write(header * (file.tell() == 0))
-            csv.DictWriter(file, COLUMNS, "", "ignore", lineterminator="\n").writerows(rows)
+            if file.write(data) < len(data):
+                file.truncate(size)
+                raise OSError("no space left on the disk")
     except (OSError, ValueError) as error:
-        fail(f"--csv {path}: {error}" + f"; the row was {rows}" * len(rows), 1 if rows else 2)
+        fail(f"--csv {path}: {error}" + f"; the row was {text.getvalue()}" * len(rows), 1 if rows else 2)
 
 # --- Sample and main -------------------------------------------------------------------------------------
 def sample(model, chars, config):
