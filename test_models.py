@@ -3,9 +3,10 @@
     python -m pytest                  all of them, three minutes on two cores
     python -m pytest -m "not slow"    the quick ones
 """
-import contextlib, csv, difflib, functools, hashlib, inspect, io, itertools, math, multiprocessing, os, pickle
-import random, re, resource, shlex, shutil, signal, subprocess, sys, time, warnings, zlib
+import csv, difflib, functools, hashlib, io, itertools, math, multiprocessing, os, pickle, random, re
+import resource, shlex, shutil, signal, subprocess, sys, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +53,8 @@ def started(request, tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 def beside(work):
-    """A test that waits for processes. It begins with the first test, in a folder with a short text, on the
-    second core and after others of its kind. What it returns is called in its place."""
+    """A test that waits for processes: it begins with the first test, beside the others, in a folder with a
+    short text. What it returns is called in its place."""
     def test(started, request):
         (started[request.node.name].result() or str)()
     test.work = lambda folder: (folder / "input.txt").write_text(TEXT) and work(folder)
@@ -79,7 +80,7 @@ class Output(io.StringIO):
 def call(script, *flags, out=None):
     """Run a script in this process -> exit status, standard output, standard error."""
     status, out, err = 0, out or Output(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *words(*flags)])
         try:
             script.main()
@@ -100,7 +101,7 @@ def refused(result, *parts, status=2):
 
 def train(script, *flags):
     """The model that a script trains."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):
         return script.train(script.parse_args(words(QUICK, *flags)))[0]
 
 def start(folder, *command, env=(), **more):
@@ -142,22 +143,14 @@ def test_the_text_is_tiny_shakespeare():
     digest = hashlib.sha256((ROOT / "input.txt").read_bytes()).hexdigest()
     assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-def test_the_scripts_have_the_same_sections_in_the_same_order():
-    one, two, three = (list(sections(f"{script.__name__}.py")) for script in SCRIPTS)
-    three = [title.replace("Sample and main", "Main") for title in three]
-    three.remove("Saved runs")
-    assert one == two == three and {"Model", "Data", "Flags", "Training", "Results"} < set(one)
-
-def test_gpt_and_gpt_v2_differ_in_docstring_and_model_alone_by_at_most_24_lines():
-    one, two = sections("gpt.py"), sections("gpt_v2.py")
+def test_the_scripts_have_the_same_sections_and_gpt_v2_differs_in_docstring_and_model_by_at_most_24_lines():
+    one, two, three = (sections(f"{script.__name__}.py") for script in SCRIPTS)
+    titles = [title.replace("Sample and main", "Main") for title in three if title != "Saved runs"]
+    assert list(one) == list(two) == titles and one["Data"] == three["Data"] and len(one) == 8
     one[""], two[""] = one[""].split('"""')[2], two[""].split('"""')[2]
     assert [title for title in one if one[title] != two[title]] == ["Model"]
     lines = difflib.ndiff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")))
     assert sum(line[0] in "+-" for line in lines) <= 24
-
-@pytest.mark.parametrize("name", "fail load_data get_batch append_rows".split())
-def test_what_the_scripts_share_is_the_same_in_all(name):
-    assert len({inspect.getsource(getattr(script, name)) for script in SCRIPTS}) == 1
 
 @pytest.mark.parametrize("name,most", {
     "gpt.py": 320, "gpt_v2.py": 320, "gpt_v3.py": 640, "sweep.sh": 90, "bench.py": 350,
@@ -177,9 +170,8 @@ assert torch.equal(state, torch.get_rng_state()) and 'torch._dynamo' not in sys.
 def test_help_needs_neither_a_cache_folder_nor_docstrings(folder):
     names = "TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR XDG_CACHE_HOME HOME TMPDIR".split()
     env = dict.fromkeys(names, "/dev/null/nowhere")
-    for process in [start(folder, flags, "--help", env=env) for flags in (f"-OO {ROOT}/gpt.py", ROOT / "gpt_v3.py")]:
-        status, out, err = end(process)
-        assert (status, err) == (0, "") and "--learning_rate" in out
+    status, out, err = end(start(folder, "-OO", ROOT / "gpt.py", "--help", env=env))
+    assert (status, err) == (0, "") and "--learning_rate" in out
 
 # --- The models ------------------------------------------------------------------------------------------
 def settings(**fields):
@@ -224,14 +216,13 @@ def test_attention_of_gpt_v3_is_the_one_written_out(pe, pe_at):
 
 def test_positional_encodings_are_their_formulas_and_rope_makes_scores_of_distances():
     table = lambda pe, T, C: make(gpt_v3, pe=pe, n_head=1, n_layer=1, block_size=T, n_embd=C).float().pe
-    x = torch.randn(2, 5, 6)
+    x, t = torch.randn(2, 5, 6), torch.arange(5)[:, None]
     sin, rope, randn = (table(pe, 9, 6)(x) for pe in ("sinpe", "rope", "randn"))
-    for t, i in itertools.product(range(5), range(3)):
-        angle, pair = t * 10000 ** (-2 * i / 6), x[:, t, 2 * i:2 * i + 2]
-        wave = torch.tensor([math.sin(angle), math.cos(angle)])
-        torch.testing.assert_close(sin[:, t, 2 * i:2 * i + 2], pair + wave)
-        turned = torch.view_as_complex(pair.contiguous()) * complex(math.cos(angle), math.sin(angle))
-        torch.testing.assert_close(rope[:, t, 2 * i:2 * i + 2], torch.view_as_real(turned))
+    angle = t * torch.tensor([10000 ** (-2 * i / 6) for i in range(3)])
+    wave = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (5, 3, 2)
+    torch.testing.assert_close(sin, x + wave.flatten(1))
+    turned = torch.view_as_complex(x.view(2, 5, 3, 2)) * torch.exp(1j * angle)
+    torch.testing.assert_close(rope, torch.view_as_real(turned).flatten(2))
     torch.testing.assert_close((randn - x)[0], (randn - x)[1])  # the same for every sequence
     noise = table("randn", 1000, 64)(torch.zeros(1000, 64))
     assert abs(noise.std() - 0.02) < 2e-4 and abs(noise.mean()) < 5e-4
@@ -265,7 +256,7 @@ def test_initial_weights_and_loss(script):
 @pytest.mark.parametrize("C", [384, 768])
 def test_every_size_of_the_experiment_builds_and_has_the_parameters_of_its_formula(C):
     """Shapes alone, on the meta device: 85M parameters cost nothing there."""
-    for (pe, pe_at), n_head, n_layer in zip(ENCODINGS, (6, 8, 12) * 2, (6, 6, 8, 8, 12, 12)):
+    for (pe, pe_at), n_head, n_layer in zip(ENCODINGS[::2], (6, 8, 12), (12, 8, 6)):
         with torch.device("meta"):
             fields = dict(n_embd=C, n_head=n_head, n_layer=n_layer, pe=pe, pe_at=pe_at)
             model = gpt_v3.GPT(settings(block_size=256, **fields), 65)
@@ -289,7 +280,7 @@ def test_one_batch_can_be_learnt_by_heart(script):
     model = make(script, pe="rope", pe_at="qk").float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     x, y = tokens(4, 12), tokens(5, 12)[1:]
-    for _ in range(150):
+    for _ in range(120):
         _, loss = model(x, y)
         optimizer.zero_grad()
         loss.backward()
@@ -336,13 +327,11 @@ def test_sdpa_takes_the_path_that_training_and_evaluation_share():
 def test_all_matrix_products_are_in_bfloat16_and_all_weights_in_float32(script):
     """Those inside SDPA, too, which has no fused kernel for dropout on a CPU."""
     seen = set()
-
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if re.match(r"aten\.(mm|addmm|bmm|baddbmm|_scaled_dot)", name := str(function.overloadpacket)):
                 seen.add((name, args[1].dtype))
             return function(*args, **kwargs or {})
-
     with Watch():
         model = train(script, "--dropout 0.2 --dtype bfloat16 --max_iters 1 --eval_iters 1")
     assert {dtype for _, dtype in seen} == {torch.bfloat16} and "aten.bmm" in dict(seen)
@@ -359,7 +348,12 @@ def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_back
     p, shape = 0.2, (8, 32, 64)
     torch.manual_seed(0)
     block = script.Block(settings(block_size=32, n_embd=64, n_head=1, dropout=p)).to(device)
-    last = [block.attn.c_proj, block.mlp.c_proj] if script is gpt_v3 else [block.sa.proj, block.ffwd.net[2]]
+    nothing = torch.nn.Identity()
+    if script is gpt_v3:
+        last, block.ln_1, block.ln_2 = [block.attn.c_proj, block.mlp.c_proj], nothing, nothing
+    else:
+        last, block.ln1, block.ln2 = [block.sa.proj, block.ffwd.net[2]], nothing, nothing
+        block.sa.heads[0] = nothing  # there is less to compile
     for number, layer in enumerate(last, 1):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.constant_(layer.bias, number)
@@ -446,7 +440,7 @@ def test_compiling_changes_no_loss_and_no_name_in_two_graphs(script, flags, back
 @slow
 @beside
 def test_without_a_compiler_the_run_goes_on_after_one_line(folder):
-    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": folder / "cache", "TORCHINDUCTOR_COMPILE_THREADS": 1}
+    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": folder / "cache"}
     status, out, err = end(start(folder, ROOT / "gpt_v3.py", QUICK, "--n_layer 1 --compile", env=env))
     assert status == 0 and re.fullmatch("warning: going on without --compile: .*\n", err) and "final: " in out
 
@@ -457,10 +451,8 @@ def test_grad_accum_equals_the_larger_batch():
 
 def test_the_learning_rate_warms_up_and_decays():
     config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
-    rates = lambda: pytest.approx([gpt_v3.learning_rate(step, config) for step in (0, 9, 10, 55, 100)])
-    assert [0.1, 1.0, 1.0, 0.55, 0.1] == rates()
-    config.min_lr = None
-    assert [0.1, 1.0, 1.0, 1.0, 1.0] == rates()
+    for config.min_lr, expected in (0.1, [0.1, 1.0, 1.0, 0.55, 0.1]), (None, [0.1, 1.0, 1.0, 1.0, 1.0]):
+        assert [gpt_v3.learning_rate(step, config) for step in (0, 9, 10, 55, 100)] == pytest.approx(expected)
 
 @each_script
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_row(script, monkeypatch):
@@ -492,12 +484,6 @@ def test_the_defaults_are_the_experiment_in_a_notebook_too_and_other_flags_win_o
         assert vars(script.parse_args(words(flags))) == tiny | given
     assert tiny["n_embd"] < seed["n_embd"] and "laptop" not in good(script, QUICK, "--tiny")
 
-@each_script
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB.", "can't allocate memory"])
-def test_out_of_memory_names_what_to_lower(script, message, monkeypatch):
-    monkeypatch.setattr(F, "cross_entropy", lambda *_: exec(f"raise RuntimeError({message!r})"))
-    assert refused(call(script, QUICK), "--batch_size 4", "--block_size 8")
-
 # --- Rows ------------------------------------------------------------------------------------------------
 COLUMNS = """experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,
     published_train_loss,published_val_loss,params,ms_per_iter,train_s,device,torch,data,data_crc32,flags,
@@ -505,7 +491,8 @@ COLUMNS = """experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_v
 SCHEDULE = "--pe rope --pe_at qk --min_lr 1e-4 --warmup_iters 2 --grad_clip 0.5 --grad_accum 2 --beta2 0.95"
 
 @pytest.mark.parametrize("script,flags", [(gpt, ""), (gpt_v2, ""), (gpt_v3, SCHEDULE)], ids=name_of)
-def test_a_row_has_what_it_takes_to_run_it_again(script, flags):
+def test_a_row_has_what_it_takes_to_run_it_again(script, flags, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # which alone is not torchrun
     out = good(script, QUICK, "--dropout 0.1 --seed 7 --learning_rate 0.0123 --csv r.csv", flags)
     (row,), header = rows("r.csv"), Path("r.csv").read_text().split("\n")[0]
     good(script, "--data input.txt", row["flags"], "--csv r.csv --device cpu")
@@ -546,12 +533,10 @@ def in_a_process(work):
 def test_a_disk_that_is_full_at_the_row_prints_it_and_the_next_row_is_whole(script, room):
     good(script, QUICK, "--csv r.csv")
     loss, size = rows("r.csv")[0]["val_loss"], os.path.getsize("r.csv") + room
-
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         result = call(script, QUICK, "--csv r.csv")
-        assert refused(result, "--csv r.csv", loss, "File too large", status=1)
-
+        assert refused(result, "--csv r.csv", loss, status=1)
     in_a_process(work)
     good(script, QUICK, "--csv r.csv")
     assert losses("r.csv")[-1] == losses("r.csv")[0]
@@ -562,7 +547,7 @@ def test_what_a_terminal_cannot_show_becomes_a_question_mark(script, monkeypatch
     Path("input.txt").write_text("à la forêt\n" * 999, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(QUICK, "--sample_chars 200")])
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # as with PYTHONIOENCODING=ascii
-    with contextlib.redirect_stdout(out):
+    with redirect_stdout(out):
         script.main()
     assert b"?" in out.buffer.getvalue().split(b"final: ")[1]
 
@@ -576,8 +561,8 @@ def test_neither_a_byte_order_mark_nor_line_ends_change_a_run(script):
 
 @beside
 def test_a_script_copied_alone_outlives_its_reader_and_a_full_disk_for_its_row_and_its_saves(folder):
-    for script in SCRIPTS:
-        shutil.copy(ROOT / f"{script.__name__}.py", folder)
+    for name in ("gpt.py", "gpt_v2.py", "gpt_v3.py"):
+        shutil.copy(ROOT / name, folder)
     long = f"{QUICK} --max_iters 200 --eval_interval 10"
     with open("/dev/full", "w") as full:
         started = [start(folder, "gpt_v3.py", long, "--csv full.csv --save full.pt", stdout=full),
@@ -603,19 +588,14 @@ def test_ctrl_c_is_one_line_and_a_notebook_gets_its_signals_back(script, when):
 @beside
 def test_ctrl_c_while_cpp_is_compiled_ends_the_run(folder):
     """A terminal sends it to the C++ compiler, too, which fails."""
-    started = [start(folder, ROOT / f"{name}.py", QUICK, "--n_head 1 --n_layer 1 --compile", start_new_session=True,
-                     env={"TORCHINDUCTOR_CACHE_DIR": folder / name, "TORCHINDUCTOR_COMPILE_THREADS": 1})
-               for name in ("gpt", "gpt_v3")]
+    started = [start(folder, ROOT / name, QUICK, "--n_head 1 --n_layer 1 --compile", start_new_session=True,
+                     env={"TORCHINDUCTOR_CACHE_DIR": folder / name[:-3]}) for name in ("gpt.py", "gpt_v3.py")]
     for process in started:
         ps = ["ps", "-o", "comm", "-s", str(process.pid)]
         until(lambda: b"cc1plus" in subprocess.run(ps, capture_output=True).stdout, process)
         os.killpg(process.pid, signal.SIGINT)
     for process in started:
         assert refused(end(process), "Ctrl-C", status=130)
-
-def test_a_lone_rank_in_the_environment_is_not_torchrun(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert "final: " in good(gpt_v3, QUICK, "--csv r.csv") and len(rows("r.csv")) == 1
 
 # --- Bad input -------------------------------------------------------------------------------------------
 BAD_FLAGS = {  # and what the message has in it
@@ -661,12 +641,13 @@ DEFAULTS = vars(gpt_v3.parse_args([]))
 SIZES, RATES = ([name for name in DEFAULTS if type(DEFAULTS[name]) is kind] for kind in (int, float))
 
 @fuzz(200)
-@hypothesis.given(some.lists(some.tuples(some.sampled_from([*DEFAULTS, "x"]), WORDS, some.booleans()), max_size=4))
+@hypothesis.given(some.lists(some.tuples(some.sampled_from([*DEFAULTS, "x"]), WORDS, some.booleans()),
+                             max_size=4))
 def test_any_flags_are_taken_or_refused_in_one_line(flags):
     argv = []
     for flag, word, joined in flags:
         argv += [f"--{flag}={word}"] if joined else [f"--{flag}", word]
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
         try:
             gpt_v3.parse_args(argv)
             assert err.getvalue() == ""
@@ -683,10 +664,10 @@ def test_any_small_run_ends_well_or_in_one_line(sizes, rates, encoding):
     assert result[::2] == (0, "") or refused(result) or refused(result, "not finite", status=1), result
 
 # --- Saved runs ------------------------------------------------------------------------------------------
-# What resuming has to bring back; and the same for a run that writes to the disk two hundred times.
+# What resuming has to bring back; and the same for a run that writes to the disk all the time.
 RUN = f"""{QUICK} --max_iters 40 --eval_interval 7 --dropout 0.3 --learning_rate 1e-2 --warmup_iters 5
     --min_lr 1e-4 --sample_chars 0"""
-LONG = f"{RUN} --max_iters 600 --eval_interval 5"
+LONG = f"{RUN} --max_iters 200 --eval_interval 4"
 
 def load(path):
     return torch.load(path, weights_only=True)
@@ -721,7 +702,7 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not():
             begin = f"--resume {name}.pt" if os.path.exists(f"{name}.pt") else f"{LONG} --save {name}.pt"
             process = fork.Process(target=good, args=(gpt_v3, begin, f"--csv {name}.csv --device cpu"))
             process.start()
-            process.join(chance.uniform(0, 0.5 + killed / 50))
+            process.join(chance.uniform(0, 0.2 + killed / 50))
             process.kill()
             process.join()
             status = process.exitcode
@@ -744,12 +725,10 @@ def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not
 @pytest.mark.parametrize("function,number", [("fsync", 5), ("replace", 2)])
 def test_a_run_killed_inside_a_save_leaves_whole_files_and_goes_on(function, number, whole, monkeypatch):
     original, calls = getattr(os, function), itertools.count(1)
-
     def die(*args):
         if next(calls) == number:
             raise BaseException("killed")  # which nothing catches, as nothing catches SIGKILL
         return original(*args)
-
     with monkeypatch.context() as patch, pytest.raises(BaseException, match="killed"):
         patch.setattr(os, function, die)
         call(gpt_v3, RUN, "--save cut.pt --csv cut.csv")
@@ -763,13 +742,12 @@ def test_a_save_that_finds_no_room_costs_a_warning_and_keeps_the_last_one(whole)
         status, out, err = call(gpt_v3, RUN, "--save cut.pt", out=full)
         assert status == 0 and "final: " in out
         assert re.fullmatch("(warning: --save cut.pt.*\n){5,}", err)  # at least one an evaluation
-
     in_a_process(work)
     assert load("cut.pt")["step"] == 7
     good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
     assert same_run("cut", "whole")
 
-def test_save_replaces_no_file_and_resume_goes_neither_back_nor_on_with_another_text(saved):
+def test_save_replaces_no_file_and_resume_goes_on_further_but_not_back_or_with_another_text(saved):
     Path("other.txt").write_text(TEXT[1:])
     before = files()
     for flags, parts in (("--save run.pt", ["--save run.pt", "--resume"]),
@@ -777,11 +755,7 @@ def test_save_replaces_no_file_and_resume_goes_neither_back_nor_on_with_another_
                          ("--resume run.pt --data other.txt", ["run.pt", "--data other.txt"])):
         result = call(gpt_v3, flags, "--device cpu")
         assert refused(result, *parts) and "step" not in result[1] and files() == before
-    os.remove("input.txt")
-    good(gpt_v3, "--generate run.pt --sample_chars 3 --device cpu")  # needs none
-
-def test_more_iterations_can_be_asked_for_and_tiny_changes_no_saved_run(saved):
-    good(gpt_v3, "--resume run.pt --max_iters 6 --tiny --csv r.csv --device cpu")
+    good(gpt_v3, "--resume run.pt --max_iters 6 --tiny --csv r.csv --device cpu")  # --tiny changes nothing
     (row,) = rows("r.csv")
     assert load("run.pt")["step"] == 6 and row["n_embd"] == "16" and re.match("0:.* 4:.* 6:", row["curve"])
 
@@ -819,41 +793,26 @@ def test_generate_is_deterministic_where_it_has_to_be_and_writes_a_character_at_
 # --- Several processes -----------------------------------------------------------------------------------
 GLOO = f"{RUN} --dropout 0 --dtype float32 --batch_size 8 --learning_rate 1e-3"
 
-def torchrun(folder, *flags):
-    """Start gpt_v3.py in two processes."""
-    return start(folder, "-m torch.distributed.run --standalone --nproc_per_node=2", ROOT / "gpt_v3.py", *flags)
-
 @slow
 @beside
-def test_two_processes_equal_one(folder):
-    status, out, err = end(torchrun(folder, GLOO, "--save two.pt --csv two.csv --grad_accum 2"))
+def test_two_processes_equal_one_and_save_at_a_signal_what_one_goes_on_with(folder):
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2", ROOT / "gpt_v3.py", GLOO
+    whole = start(folder, *torchrun, "--save two.pt --csv two.csv --grad_accum 2")
+    cut = start(folder, *torchrun, "--max_iters 100000 --eval_interval 50000 --save cut.pt --csv cut.csv")
+    until(lambda: cut.stdout.readline().startswith("step 10 "), cut)
+    cut.send_signal(signal.SIGTERM)
+    (status, _, err), step = end(cut), load(folder / "cut.pt")["step"]
+    assert status != 0 and step > 10 and rows(folder / "cut.csv") == []
+    assert err.count(f"stopped at step {step}; --resume cut.pt goes on") == err.count("stopped at") == 1
+    status, out, err = end(whole)
     assert status == 0 and "Warning" not in err and out.count("final: ") == 1
-
-    def compare():
+    def go_on():
         os.chdir(folder)
+        good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu --max_iters", step + 3)
+        assert load("cut.pt")["step"] == step + 3 and len(rows("cut.csv")) == len(rows("two.csv")) == 1
         good(gpt_v3, GLOO, "--save one.pt")
         for a, b in zip(load("one.pt")["model"].values(), load("two.pt")["model"].values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
-        assert len(rows("two.csv")) == 1
-
-    return compare
-
-@slow
-@beside
-def test_a_signal_to_torchrun_saves_and_one_process_goes_on(folder):
-    job = torchrun(folder, GLOO, "--max_iters 100000 --eval_interval 50000 --save run.pt --csv r.csv")
-    until(lambda: job.stdout.readline().startswith("step 10 "), job)
-    job.send_signal(signal.SIGTERM)
-    status, _, err = end(job)
-    step = load(folder / "run.pt")["step"]
-    assert status != 0 and step > 10 and rows(folder / "r.csv") == []
-    assert err.count(f"stopped at step {step}; --resume run.pt goes on") == err.count("stopped at") == 1
-
-    def go_on():
-        os.chdir(folder)
-        good(gpt_v3, f"--resume run.pt --csv r.csv --device cpu --max_iters {step + 3}")
-        assert load("run.pt")["step"] == step + 3 and len(rows("r.csv")) == 1
-
     return go_on
 
 # --- The sweep -------------------------------------------------------------------------------------------
@@ -863,7 +822,8 @@ SAME = """--n_layer 1 --n_head 2 --n_embd 16 --batch_size 2 --block_size 8 --max
 def sweep(folder, *flags, script=ROOT / "sweep.sh", env=()):
     """Start sweep.sh in a process group of its own, python3 being the one that runs the tests."""
     env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **dict(env)}
-    env |= {name: os.environ[name] for name in os.environ if not re.match("SLURM|OMP|CUDA|JOBS|SAVE|PATH", name)}
+    unset = re.compile("SLURM|OMP|CUDA|JOBS|SAVE|PATH")
+    env |= {name: os.environ[name] for name in os.environ if not unset.match(name)}
     return subprocess.Popen(
         ["bash", script, *words(*flags)], env=env, cwd=folder, start_new_session=True, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -871,14 +831,15 @@ def sweep(folder, *flags, script=ROOT / "sweep.sh", env=()):
 @beside
 def test_the_sweep_is_the_56_runs_of_the_experiment_less_what_a_flag_leaves_out(folder):
     started = [sweep(folder, "--dry-run --csv new.csv", flags) for flags in ("", "--tiny -- --pe_at qk")]
-    command = r"OMP_NUM_THREADS=1 .*/(gpt\w*)\.py (?:--pe (\w+) )?--n_embd (\d+) --n_head (\d+) --n_layer (\d+) .*\n"
+    pattern = (r"OMP_NUM_THREADS=1 .*/(gpt\w*)\.py (?:--pe (\w+) )?"
+               r"--n_embd (\d+) --n_head (\d+) --n_layer (\d+) ")
     for process, widths, depths in zip(started, ((384, 768), (96, 192)), ((6, 8, 12), (3, 4, 6))):
         status, out, err = end(process)
         grid = itertools.product(("gpt_v3",), ("randn", "sinpe", "rope"), widths, (6, 8, 12), depths)
         both = [(name, "", 384, 6, 6) for name in ("gpt", "gpt_v2")] * (process is started[0])
         expected = sorted(tuple(map(str, run)) for run in [*both, *grid])
         assert status == 0 and re.fullmatch("(leaving out 2 runs: .*--pe_at.*\n)?", err)
-        assert sorted(re.findall(command, out)) == expected and len(expected) == out.count("\n")
+        assert sorted(re.findall(pattern, out)) == expected and len(expected) == out.count("\n")
     assert not (folder / "new.csv").exists()
 
 @beside
@@ -892,25 +853,26 @@ def test_what_is_wrong_with_a_sweep_is_said_in_one_line_before_any_run(folder):
     assert files(folder) == before
 
 @beside
-def test_a_sweep_killed_and_started_again_goes_on_with_other_runs_or_another_text_and_names_a_failure(folder):
-    """With a python3 that notes the runs of the scripts, fails those of gpt_v2 and computes none."""
+def test_a_sweep_names_a_failure_and_started_again_does_what_is_left_or_all_with_another_text(folder):
+    """With a python3 that notes the runs of the scripts and computes none."""
     case = f'''case $1 in *gpt*.py) echo "$@" >> log;; *) exec {sys.executable} "$@";; esac'''
-    (folder / "python3").write_text(f"#!/bin/sh\n{case}\ncase $1 in *gpt_v2.py) exit 7;; esac\nsleep 0.3\n")
+    (folder / "python3").write_text(f"#!/bin/sh\n{case}\nif [ ! -e ok ]; then sleep 1; exit 7; fi\n")
     (folder / "python3").chmod(0o755)
     log, env = folder / "log", {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     process = sweep(folder, "--csv r.csv --", SAME, env=env | {"JOBS": "1"})
-    until(lambda: log.exists() and log.read_text().count("\n") == 2, process)
+    until(lambda: log.exists() and log.read_text().count("\n") > 1, process)
     os.killpg(process.pid, signal.SIGKILL)
-    end(process)
-    first = log.read_text().splitlines()[0]
-    flags = gpt.run_flags(gpt.parse_args(words(first)[1:]))  # what gpt.py did not append
+    status, out, err = end(process)
+    assert "exit status 7" in err and "/gpt.py" in err and "done" not in out
+    flags = gpt.run_flags(gpt.parse_args(words(log.read_text().split("\n")[0])[1:]))
     row = {"experiment": "gpt", "flags": flags, "data_crc32": zlib.crc32(TEXT.encode())}
-    gpt.append_rows(folder / "r.csv", row)
-    log.unlink()
+    gpt.append_rows(folder / "r.csv", row)  # as if it had not failed
+    log.write_text("")
+    (folder / "ok").touch()
     status, out, err = end(sweep(folder, "--csv r.csv --", SAME, env=env | {"JOBS": "3"}))
     found = re.findall(r"/(gpt\w*)\.py (?:--pe (\w+))?", log.read_text())
     assert sorted(found) == [("gpt_v2", ""), *(("gpt_v3", pe) for pe in ("randn", "rope", "sinpe"))]
-    assert status == 1 and "exit status 7" in err and err.count("gpt_v2.py") == 1
+    assert (status, err) == (0, "") and "done: " in out
     (folder / "other").mkdir()
     (folder / "other/input.txt").write_text(TEXT[1:])  # of the same name
     out = end(sweep(folder / "other", "--dry-run --csv ../r.csv --", SAME))[1]
@@ -921,17 +883,15 @@ def test_a_sweep_killed_and_started_again_goes_on_with_other_runs_or_another_tex
 def test_a_slurm_task_is_one_run_that_ctrl_c_ends_and_that_goes_on_if_it_is_saved(folder):
     shutil.copy(ROOT / "sweep.sh", folder)  # as sbatch does
     env = {"SLURM_ARRAY_TASK_ID": "55", "SLURM_SUBMIT_DIR": str(ROOT), "SAVE": "kept"}
-    flags = f"--csv r.csv -- {SAME} --max_iters 2000 --eval_interval 50 --n_layer 1"
-    task = lambda: sweep(folder, flags, script=folder / "sweep.sh", env=env)
-    process = task()
+    task = lambda flags: sweep(folder, flags, "--csv r.csv --", SAME, "--max_iters 1000000",
+                               script=folder / "sweep.sh", env=env)
+    process = task("")
     until(lambda: list(folder.glob("kept/*.pt")), process)
     os.killpg(process.pid, signal.SIGINT)
-    status, _, err = end(process, 20)  # the pipes close when the run has ended
-    assert status != 0 and "Traceback" not in err and "goes on" in err and rows(folder / "r.csv") == []
-    status, out, err = end(task())
-    assert (status, err) == (0, "") and out.startswith("run 56 of 56: gpt_v3 --pe rope") and out.count("run ") == 1
-    (row,) = rows(folder / "r.csv")
-    assert row["pe_type"] == "rope" and row["curve"].count(":") == 2 * 41
+    status, out, err = end(process, 20)  # the pipes close when the run has ended
+    assert status != 0 and re.fullmatch("run 56 of 56: gpt_v3 --pe rope.*\n", out)
+    assert "Traceback" not in err and "goes on" in err and rows(folder / "r.csv") == []
+    assert re.search("gpt_v3.py --pe rope .*--resume kept/", end(task("--dry-run"))[1])
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_the_sweep_is_clean_shell():
@@ -942,29 +902,22 @@ def test_the_sweep_is_clean_shell():
 # --- The benchmark ---------------------------------------------------------------------------------------
 
 # --- README ----------------------------------------------------------------------------------------------
-def commands():
-    """The command lines in README's code that run a file of this folder -> (file, flags)."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S):
-        for line in re.split(r"\n|&&|\|", block.replace("\\\n", " ")):
-            line = re.match(r" *(?:\w+=\S+ )*(?:python3?|bash|sbatch.*|torchrun.*) (\S+\.(?:py|sh))(.*)", line)
-            if line:
-                yield line[1], ["cpu" if word == "cuda" else word for word in words(line[2].split(" #")[0])]
-
 def test_every_command_in_the_readme_is_understood(saved):
-    parsers, names = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}, set()
-    for name, flags in commands():
-        names.add(name)
-        for flag, file in zip(flags, flags[1:]):
-            if flag in ("--resume", "--generate"):
-                Path(file).write_bytes(saved)
-            elif flag == "--save":
-                Path(file).unlink(missing_ok=True)
-        if name == "sweep.sh" and "--" in flags:
-            gpt_v3.parse_args(flags[flags.index("--") + 1:])
-            flags = flags[:flags.index("--")]
-        if name in parsers:
-            parsers[name](flags)
-        assert all(flag in (ROOT / name).read_text() for flag in flags if flag.startswith("--"))
+    readme, names = (ROOT / "README.md").read_text(), set()
+    parsers = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
+    for block in re.findall(r"^```\w*\n(.*?)^```", readme.replace("\\\n", " "), re.M | re.S):
+        for name, flags in re.findall(r"(?:python3?|bash|torchrun.*) (\S+\.(?:py|sh))([^|&#\n]*)", block):
+            names.add(name)
+            flags = ["cpu" if word == "cuda" else word for word in words(flags)]
+            for flag, file in zip(flags, flags[1:]):
+                if flag in ("--resume", "--generate"):
+                    Path(file).write_bytes(saved)
+                elif flag == "--save" and os.path.exists(file):
+                    os.remove(file)
+            cut = flags.index("--") if "--" in flags else len(flags)
+            assert all(flag in (ROOT / name).read_text() for flag in flags[:cut] if flag[:2] == "--")
+            parsers.get(name, lambda _: None)(flags)
+            gpt_v3.parse_args(flags[cut + 1:])
     assert names >= {"gpt_v3.py", "sweep.sh"}
 
 def test_the_readme_has_the_literal_diff():
