@@ -1,6 +1,7 @@
 """Changes from gpt_v2.py: one projection (with bias) and one batch for all heads (CausalSelfAttention, as in
 makemore), GELU for ReLU, positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
-A run can be saved (--save), gone on with (--resume), sampled (--generate) and spread over GPUs (torchrun).
+Other attention (--attn), a codebook for the MLP (--mlp), Muon (--optimizer), other data: each is a flag away.
+A run can be saved, resumed, finetuned (--init_from), sampled (--generate) and spread over GPUs (torchrun).
 
     python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny it is a model for a GPU
 """
@@ -8,7 +9,8 @@ A run can be saved (--save), gone on with (--resume), sampled (--generate) and s
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "numpy"]
 # ///
-import argparse, contextlib, csv, io, math, os, shlex, signal, sys, time, zlib
+import argparse, contextlib, csv, io, math, os, pickle, shlex, signal, sys, time, zlib
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -38,26 +40,65 @@ class PositionalEncoding(nn.Module):
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
         return (x * self.cos[at] + swapped * self.sin[at]).type_as(x)
 
+def remember(cache, start, *new):
+    """The new keys and values (B, ..., T, dim), with a cache behind those of the positions before start."""
+    if cache is not None:
+        new = cache[:] = [torch.cat(pair, dim=-2) for pair in zip(cache, new)] if start else list(new)
+    return new
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, all heads in one batch: (B, T, C) -> (B, T, C)."""
+    """Causal self-attention, all heads in one batch: (B, T, C) -> (B, T, C). Keys and values have as many
+    heads as queries (mha), one (mqa, Shazeer 2019), or n_kv_head of them (gqa, Ainslie et al. 2023)."""
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        n_kv_head = {"mha": config.n_head, "mqa": 1}.get(config.attn, config.n_kv_head)
+        self.heads, self.dropout = [config.n_head, n_kv_head, n_kv_head], config.dropout
+        self.head_size = config.n_embd // config.n_head
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_size)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.pe = config.pe_at == "qk" and PositionalEncoding(config, config.n_embd // config.n_head)
+        self.pe = config.pe_at == "qk" and PositionalEncoding(config, self.head_size)
 
     def forward(self, x, start=0, cache=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).split(self.heads, dim=1)
         if self.pe:
-            q, k = self.pe(q, start), self.pe(k, start)  # (B, nh, T, hs), like v
-        if cache is not None:  # k and v of the tokens before start
-            k, v = cache[:] = [torch.cat(pair, dim=-2) for pair in zip(cache, (k, v))] if start else [k, v]
+            q, k = self.pe(q, start), self.pe(k, start)  # (B, nh, T, hs), like v, or fewer heads in k and v
+        k, v = remember(cache, start, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # heads side by side
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1,
+                                           enable_gqa=self.heads[1] < self.heads[0])
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # heads side by side
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (mla, DeepSeek-V2, arXiv 2405.04434): (B, T, C) -> (B, T, C). Keys and
+    values of all heads come from a latent of kv_rank channels, and this is what is cached. At qk the encoding
+    has its own channels, half as many as a head: in each query, and in one decoupled key for all heads."""
+    def __init__(self, config):
+        super().__init__()
+        C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        self.head_size = C // config.n_head
+        self.pe_size = self.head_size // 2 if config.pe_at == "qk" else 0
+        self.c_q = nn.Linear(C, C + config.n_head * self.pe_size, bias=False)
+        self.c_latent = nn.Linear(C, config.kv_rank + self.pe_size, bias=False)
+        self.ln_latent = nn.LayerNorm(config.kv_rank)
+        self.c_kv = nn.Linear(config.kv_rank, 2 * C, bias=False)
+        self.c_proj = nn.Linear(C, C)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.pe = self.pe_size and PositionalEncoding(config, self.pe_size)
+
+    def forward(self, x, start=0, cache=None):
+        q = self.c_q(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs + pe_size)
+        latent, key = self.c_latent(x).split([self.c_kv.in_features, self.pe_size], dim=-1)
+        if self.pe:
+            q, own = q.split([self.head_size, self.pe_size], dim=-1)
+            q, key = torch.cat((q, self.pe(own, start)), dim=-1), self.pe(key, start)
+        latent, key = remember(cache, start, self.ln_latent(latent), key)  # (B, T, kv_rank), (B, T, pe_size)
+        k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        k = torch.cat((k, key.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
+        v = F.pad(v, (0, self.pe_size))  # fused kernels want v as wide as k
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1)
+        return self.resid_dropout(self.c_proj(y[..., :self.head_size].transpose(1, 2).flatten(2)))
 
 class MLP(nn.Module):
     """Two layers with GELU (tanh form) between, applied to each token by itself: (B, T, C) -> (B, T, C)."""
@@ -70,21 +111,35 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
+class VQ(nn.Module):
+    """Attention of each token to a learned codebook E in the MLP's place: (B, T, C) -> (B, T, C). In each
+    head it is softmax(x E^T / sqrt(hs)) E; a codebook has no time, so nothing is masked."""
+    def __init__(self, config):
+        super().__init__()
+        size = config.n_head, config.codebook, config.n_embd // config.n_head
+        self.codebook = nn.Parameter(torch.randn(size))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        q = x.unflatten(-1, (len(self.codebook), -1)).transpose(1, 2)  # (B, nh, T, hs)
+        codes = self.codebook.expand(len(x), -1, -1, -1)  # (B, nh, codebook, hs)
+        return self.dropout(F.scaled_dot_product_attention(q, codes, codes).transpose(1, 2).flatten(2))
+
 class Block(nn.Module):
     """Communication between tokens, then computation in each: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
+        self.attn = (LatentAttention if config.attn == "mla" else CausalSelfAttention)(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = (VQ if config.mlp == "vq" else MLP)(config)
 
     def forward(self, x, start=0, cache=None):
         x = x + self.attn(self.ln_1(x), start, cache)
         return x + self.mlp(self.ln_2(x))
 
 class GPT(nn.Module):
-    """The language model; config has the flags n_embd to pe_at, block_size, device and dtype."""
+    """The language model; config has the flags n_embd to codebook, block_size, device and dtype."""
     experiment = "gpt_v3"
 
     def __init__(self, config, vocab_size):
@@ -133,15 +188,21 @@ class GPT(nn.Module):
             yield token
 
 # --- Data ------------------------------------------------------------------------------------------------
-def load_data(config):
-    """The text -> token ids to train on (N,) and to validate on (M,), its characters and its CRC-32."""
+def load_data(config, chars=None):
+    """The data -> token ids to train on (N,) and to validate on (M,), the string of each id, a CRC-32.
+    A text's tokens are its characters, all of them in chars if a model to go on with has these."""
+    if os.path.isdir(config.data):
+        return load_folder(config, chars)
     try:
         with open(config.data, encoding="utf-8-sig") as file:  # a byte order mark is no character
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {config.data}: {error}; any text in UTF-8 will do, and tiny Shakespeare is at "
              "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
-    chars = sorted(set(text))
+    unknown = sorted(set(text) - set(chars or text))
+    if unknown:
+        fail(f"--data {config.data}: the model does not know {' '.join(map(repr, unknown[:9]))}")
+    chars = chars or sorted(set(text))
     ids = {char: i for i, char in enumerate(chars)}
     tokens = torch.tensor([ids[char] for char in text], dtype=torch.long, device=config.device)
     n = int(0.9 * len(tokens))
@@ -149,9 +210,44 @@ def load_data(config):
         fail(f"--data {config.data}: a tenth of it has to be longer than --block_size {config.block_size}")
     return tokens[:n], tokens[n:], chars, zlib.crc32(text.encode())
 
+class PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of plain types; one that asks for a class or a function is refused."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+def load_folder(config, chars=None):
+    """load_data for a folder of nanoGPT: train.bin and val.bin have token ids in uint16 and stay on the disk;
+    meta.pkl has the character of each id, without it the ids are GPT-2's 50,257, padded to 50,304."""
+    name, splits, crc32, largest = "meta.pkl", [], 0, 0
+    try:
+        strings = [f"{i} " for i in range(50304)]
+        if os.path.exists(os.path.join(config.data, name)):
+            with open(os.path.join(config.data, name), "rb") as file:
+                itos = PlainUnpickler(file).load()["itos"]
+            strings = [itos[i] for i in range(len(itos))]
+        for name in ("train.bin", "val.bin"):
+            with open(os.path.join(config.data, name), "rb") as file:
+                while chunk := file.read(2**24):  # 16 MiB
+                    crc32, largest = zlib.crc32(chunk, crc32), max(largest, np.frombuffer(chunk, "<u2").max())
+            splits.append(np.memmap(os.path.join(config.data, name), "<u2", "r"))
+            if len(splits[-1]) <= config.block_size:
+                raise ValueError(f"it has to be longer than --block_size {config.block_size}")
+        if largest >= len(strings):
+            raise ValueError(f"there is a token {largest}, the vocabulary ends at {len(strings) - 1}")
+        if strings != (chars or strings):
+            raise ValueError("the model has another vocabulary")
+    except Exception as error:  # of any type, from a damaged meta.pkl
+        fail(f"--data {config.data}: {name}: {error or type(error).__name__}")
+    return *splits, strings, crc32
+
 def get_batch(data, start, block_size):
     """The windows of data (N,) at start (B,) -> inputs (B, T), and targets (B, T), which are one token on."""
-    window = data[start[:, None] + torch.arange(block_size + 1, device=data.device)]  # (B, T+1)
+    at = start[:, None] + torch.arange(block_size + 1, device=start.device)  # (B, T+1)
+    if isinstance(data, np.memmap):  # mapped anew each time, or every page ever read would stay in memory
+        data = np.memmap(data.filename, data.dtype, "r")
+        window = torch.from_numpy(data[at.cpu().numpy()].astype(np.int64)).to(start.device)
+    else:
+        window = data[at]
     return window[:, :-1], window[:, 1:]
 
 # --- Evaluation ------------------------------------------------------------------------------------------
@@ -163,7 +259,7 @@ def estimate_loss(model, data, config, attention_dropout=False):
     for block in model.blocks:
         block.attn.training = attention_dropout
     count, last = config.eval_iters * config.batch_size, len(data) - config.block_size - 1
-    starts = torch.arange(count, device=data.device) * last // max(1, count - 1)  # from 0 to last
+    starts = torch.arange(count, device=config.device) * last // max(1, count - 1)  # from 0 to last
     parts = starts.split(config.batch_size // config.grad_accum // ranks()[1])  # as large as in training
     losses = [model(*get_batch(data, part, config.block_size))[1] for part in parts]
     model.train()
@@ -193,41 +289,61 @@ def parse_args(argv=None):
     flag("--max_iters", type=int, default=5000, help="training iterations")
     flag("--eval_interval", type=int, default=500, help="iterations from one evaluation to the next")
     flag("--eval_iters", type=int, default=200, help="batches of each split in an evaluation")
-    flag("--learning_rate", type=float, default=3e-4, help="step size of AdamW")
+    flag("--learning_rate", type=float, default=3e-4, help="step size of the optimizer")
     flag("--n_embd", type=int, default=384, help="channels of a token, a multiple of n_head")
     flag("--n_head", type=int, default=6, help="attention heads")
     flag("--n_layer", type=int, default=6, help="Transformer blocks")
     flag("--dropout", type=float, default=0.2, help="share of activations dropped in training")
     flag("--pe", choices=["randn", "sinpe", "rope"], default="sinpe", help="positional encoding")
     flag("--pe_at", choices=["input", "qk"], default="input", help="at the embedding, or at q and k")
+    flag("--attn", choices=["mha", "mqa", "gqa", "mla"], default="mha", help="kind of attention")
+    flag("--n_kv_head", type=int, help="heads of keys and values with gqa; without it, half of n_head")
+    flag("--kv_rank", type=int, help="channels of the latent with mla; without it, half of n_embd")
+    flag("--mlp", choices=["gelu", "vq"], default="gelu", help="vq attends to a learned codebook instead")
+    flag("--codebook", type=int, help="vectors in the codebook of each head with vq; without it, 512")
+    flag("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon is for the blocks' matrices")
     flag("--warmup_iters", type=int, default=0, help="iterations in which the learning rate rises from 0")
     flag("--min_lr", type=float, help="learning rate that a cosine ends at; without it, it is constant")
-    flag("--weight_decay", type=float, default=0.01, help="weight decay of AdamW")
+    flag("--weight_decay", type=float, default=0.01, help="weight decay, with muon of its matrices")
     flag("--beta2", type=float, default=0.999, help="decay of AdamW's mean of squared gradients")
     flag("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 sets no limit")
     flag("--grad_accum", type=int, default=1, help="parts in which a batch is computed, to save memory")
     flag("--seed", type=int, default=1337, help="seed of weights, batches and dropout")
     flag("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto is bfloat16 if fast")
-    flag("--data", default="input.txt", help="the text to learn from, in UTF-8")
+    flag("--init_from", help="a file of --save whose model to finetune, on other --data")
+    flag("--data", default="input.txt", help="a text in UTF-8, or a folder with train.bin and val.bin")
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto compiles on cuda")
     flag("--csv", help="a file to append a row with the final losses to")
     flag("--save", help="a file to keep the run in, at every evaluation; its best state is kept in FILE.best")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--resume", help="a file of --save whose run goes on, and is kept there")
-    either("--generate", help="a file of --save whose model writes text")
+    flag("--resume", help="a file of --save whose run goes on, and is kept there")
+    flag("--generate", help="a file of --save whose model writes text")
     flag("--prompt", help="how the text of --generate begins; without it, with the model's first character")
     flag("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest character")
     flag("--top_k", type=int, help="sample from the k likeliest characters only")
     flag("--sample_chars", "--num_tokens", type=int, default=500, help="characters to write at the end")
+    flag("--num_samples", type=int, default=1, help="texts to write at the end, at once")
     flag("--tiny", action="store_true", help=f"for a laptop, and other flags win: {TINY}")
     args = parser.parse_args(argv)
-    file = args.resume or args.generate
+    file, *others = list(filter(None, (args.resume, args.generate, args.init_from))) or [None]
+    if others:
+        parser.error("--resume, --generate and --init_from exclude each other")
+    shape = "block_size n_embd n_head n_layer pe pe_at attn n_kv_head kv_rank mlp codebook".split()
     preset = load_run(file)["flags"] if file else TINY.split() * args.tiny
+    if args.init_from:
+        pairs = zip(preset[::2], preset[1::2])
+        preset = TINY.split() * args.tiny + [word for pair in pairs if pair[0][2:] in shape for word in pair]
     args, saved = parser.parse_args(preset + argv), parser.parse_args(preset)  # the last of a flag wins
-    for name in "block_size n_embd n_head n_layer pe pe_at".split() * bool(file):
+    for name in shape * bool(file):
         if vars(args)[name] != vars(saved)[name]:
             parser.error(f"--{name} {vars(args)[name]}: the model in {file} has {vars(saved)[name]}")
+    for kind, of, name, default in (("gqa", args.attn, "n_kv_head", max(1, args.n_head // 2)),
+                                    ("mla", args.attn, "kv_rank", max(1, args.n_embd // 2)),
+                                    ("vq", args.mlp, "codebook", 512)):
+        if of != kind and vars(args)[name] is not None:
+            parser.error(f"--{name} {vars(args)[name]} is for {kind} only")
+        if of == kind and vars(args)[name] is None:
+            vars(args)[name] = default
     zero = "warmup_iters min_lr weight_decay grad_clip temperature sample_chars".split()
     ranges = dict.fromkeys(zero, (0, 10**9)) | dict(
         learning_rate=(0, 10), dropout=(0, 0.99), beta2=(0, 0.99999), seed=(0, 2**63 - 1))
@@ -237,8 +353,11 @@ def parse_args(argv=None):
             parser.error(f"--{name} {value} is not from {low} to {high}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
-    if args.pe != "randn" and (args.n_embd // args.n_head if args.pe_at == "qk" else args.n_embd) % 2:
-        parser.error(f"--pe {args.pe} is of pairs of channels: --n_embd, at qk / --n_head, has to be even")
+    if args.n_head % (args.n_kv_head or 1):
+        parser.error(f"--n_head {args.n_head} is not a multiple of --n_kv_head {args.n_kv_head}")
+    of = 1 if args.pe_at == "input" else 2 * args.n_head if args.attn == "mla" else args.n_head
+    if args.n_embd < of or args.pe != "randn" and args.n_embd // of % 2:
+        parser.error(f"--pe {args.pe} --pe_at {args.pe_at} needs an even number of channels: --n_embd / {of}")
     if args.batch_size % (args.grad_accum * ranks()[1]):
         parser.error(f"--batch_size has to be a multiple of --grad_accum times {ranks()[1]} processes")
     args.save = args.save or args.resume
@@ -269,7 +388,7 @@ def compile_blocks(model, data, config):
     torch.compiler.set_stance("default")
     for block in model.blocks:
         block.compile()
-    start = data.new_zeros(config.batch_size // config.grad_accum // ranks()[1])
+    start = torch.arange(config.batch_size // config.grad_accum // ranks()[1], device=config.device)
     try:
         model(*get_batch(data, start, config.block_size))[1].backward()
         estimate_loss(model, data, config)  # has a graph of its own
@@ -290,6 +409,17 @@ def learning_rate(step, config):
     warm = min(1, (step + 1) / max(1, config.warmup_iters))
     return warm * (low + (config.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2)
 
+def make_optimizers(model, config):
+    """AdamW, or Muon (Jordan et al. 2024) on the blocks' matrices and AdamW without decay on the rest."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, config.beta2), fused=True,
+                                    weight_decay=0.0 if matrices else decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
 def train(config):
     """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
     rank, world = ranks()
@@ -299,13 +429,14 @@ def train(config):
         torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
     torch.manual_seed(config.seed + rank)  # for other dropout in each process; all get the first's weights
     torch.set_float32_matmul_precision("high")
-    train_data, val_data, chars, crc32 = load_data(config)
+    file = config.resume or config.init_from
+    state = load_run(file) if file else {"chars": None}
+    train_data, val_data, chars, crc32 = load_data(config, state["chars"])
     if config.csv:
         append_rows(config.csv)
     model = GPT(config, len(chars)).to(config.device)  # weights in float32, matrix products in config.dtype:
     model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizers = make_optimizers(model, config)
     generator = torch.Generator(config.device).manual_seed(config.seed)
     params = sum(p.numel() for p in model.parameters())
     how = "compiling" if config.compile else "eager" if config.tiny else "eager; --tiny is for a laptop"
@@ -314,16 +445,18 @@ def train(config):
         compile_blocks(model, train_data, config)
     first, train_s, curve, eval_s = 0, 0.0, {}, 0.0  # curve is {step: (train loss, val loss)}
     random = torch.cuda if config.device == "cuda" else torch  # has the state of what dropout draws
+    if file:
+        with reading(file):
+            model.load_state_dict(state["model"])
     if config.resume:
-        state = load_run(config.resume)
         first, train_s, curve = state["step"], state["train_s"], state["curve"]
         if state["crc32"] != crc32:
-            fail(f"--data {config.data} is not the text that the run in {config.resume} learns from")
+            fail(f"--data {config.data} is not what the run in {file} learns from; --init_from finetunes")
         if first > config.max_iters:
             fail(f"--max_iters {config.max_iters}: the run in {config.resume} is at step {first} already")
-        with reading(config.resume):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        with reading(file):
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             generator.set_state(state["generator"])
             random.set_rng_state(state["rng"])
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -352,7 +485,7 @@ def train(config):
                     flags = f"{run_flags(config)} --data {shlex.quote(config.data)}"
                     save_run([config.save] + [f"{config.save}.best"] * (step == best), dict(
                         flags=flags, chars=chars, crc32=crc32, step=step, train_s=train_s, curve=curve,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        model=model.state_dict(), optimizers=[each.state_dict() for each in optimizers],
                         generator=generator.get_state(), rng=random.get_rng_state()))
                 if stops:
                     fail(f"stopped at step {step}" + f"; --resume {config.save} goes on" * bool(config.save),
@@ -370,7 +503,7 @@ def train(config):
                 break
             start = torch.randint(len(train_data) - config.block_size, (config.batch_size,),
                                   generator=generator, device=config.device)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             for part in range(config.grad_accum):
                 own = start[rank * config.grad_accum + part::config.grad_accum * world]
                 replica.require_backward_grad_sync = part == config.grad_accum - 1  # DDP: once
@@ -378,9 +511,10 @@ def train(config):
                 (loss / config.grad_accum).backward()
             if config.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, config)
+                optimizer.step()
     log("final: train loss {:.4f}, val loss {:.4f} (best {:.4f} at step {})".format(
         *curve[step], curve[best][1], best), config)
     if config.compile:
@@ -392,7 +526,7 @@ def train(config):
             val_loss=curve[step][1], best_val_loss=curve[best][1], best_iter=best, params=params,
             published_train_loss=published[0], published_val_loss=published[1], train_s=round(train_s, 2),
             ms_per_iter=round(1e3 * train_s / step, 3), torch=torch.__version__, data_crc32=crc32,
-            data=os.path.basename(config.data), flags=run_flags(config),
+            data=os.path.basename(os.path.abspath(config.data)), flags=run_flags(config),
             curve=" ".join("{}:{:.4f}:{:.4f}".format(i, *curve[i]) for i in curve)))
     del replica  # before its process group: in the other order their threads can wait for each other
     if world > 1:
@@ -413,7 +547,7 @@ def load_run(path):
     """What save_run wrote to path, on the CPU; nothing in it is executed."""
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        names = "chars crc32 step train_s curve model optimizer generator rng".split()
+        names = "chars crc32 step train_s curve model optimizers generator rng".split()
         return {name: state[name] for name in names} | {"flags": shlex.split(str(state["flags"]))}
 
 def save_run(paths, state):
@@ -438,7 +572,7 @@ COLUMNS = """experiment pe_type n_embd n_head n_layer train_loss val_loss best_v
 def run_flags(config):
     """The flags that shape a run, as a command line that runs it again on the same text."""
     names = list(vars(config))
-    return " ".join(f"--{name} {vars(config)[name]}" for name in names[:names.index("data")]
+    return " ".join(f"--{name} {shlex.quote(str(vars(config)[name]))}" for name in names[:names.index("data")]
                     if vars(config)[name] is not None)
 
 def append_rows(path, *rows):
@@ -463,16 +597,22 @@ def append_rows(path, *rows):
 
 # --- Sample and main -------------------------------------------------------------------------------------
 def sample(model, chars, config):
-    """Write the prompt, or the first character, and what the model draws then, a character at a time."""
+    """Write the prompt, or the first token, and what the model draws then, one text as it is drawn."""
     torch.manual_seed(config.seed)
     prompt = config.prompt or chars[0]
-    for char in set(prompt) - set(chars):
+    words = [f"{word} " for word in prompt.split()] if chars[0] == "0 " else prompt  # ids, without meta.pkl
+    for char in set(words) - set(chars):
         fail(f"--prompt: the model does not know {char!r}")
-    log(prompt, config, end="")
-    idx = torch.tensor([[chars.index(char) for char in prompt]], device=config.device)
-    for token in model.eval().generate(idx, config.sample_chars, config.temperature, config.top_k):
-        log(chars[token.item()], config, end="")
-    log("", config)
+    idx = torch.tensor([[chars.index(char) for char in words]] * config.num_samples, device=config.device)
+    drawn = model.eval().generate(idx, config.sample_chars, config.temperature, config.top_k)
+    if config.num_samples == 1:
+        log("".join(words), config, end="")
+        for token in drawn:
+            log(chars[token.item()], config, end="")
+        log("", config)
+    else:
+        for row in torch.cat([idx, *drawn], dim=1).tolist():
+            log("".join(chars[token] for token in row) + "\n" + "-" * 20, config)
 
 def main():
     config = parse_args()

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent
 TEXT = (ROOT / "input.txt").read_text()[:20000]
 SCRIPTS = [gpt, gpt_v2, gpt_v3]
 ENCODINGS = list(itertools.product(("randn", "sinpe", "rope"), ("input", "qk")))
+KINDS = list(itertools.product(("mha", "mqa", "gqa", "mla"), ("gelu", "vq")))
 QUICK = """--batch_size 4 --block_size 8 --n_embd 16 --n_head 2 --n_layer 2 --max_iters 4 --eval_interval 2
     --eval_iters 2 --sample_chars 20 --device cpu"""  # a run of a moment
 
@@ -146,7 +147,7 @@ def test_the_text_is_tiny_shakespeare():
 def test_the_scripts_have_the_same_sections_and_gpt_v2_differs_in_docstring_and_model_by_at_most_24_lines():
     one, two, three = (sections(f"{script.__name__}.py") for script in SCRIPTS)
     titles = [title.replace("Sample and main", "Main") for title in three if title != "Saved runs"]
-    assert list(one) == list(two) == titles and one["Data"] == three["Data"] and len(one) == 8
+    assert list(one) == list(two) == titles and len(one) == 8
     one[""], two[""] = one[""].split('"""')[2], two[""].split('"""')[2]
     assert [title for title in one if one[title] != two[title]] == ["Model"]
     lines = difflib.ndiff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")))
@@ -175,8 +176,9 @@ def test_help_needs_neither_a_cache_folder_nor_docstrings(folder):
 
 # --- The models ------------------------------------------------------------------------------------------
 def settings(**fields):
-    return SimpleNamespace(**dict(block_size=12, n_embd=24, n_head=3, n_layer=2, dropout=0.0, pe="sinpe",
-                                  pe_at="input", device="cpu", dtype="float32") | fields)
+    return SimpleNamespace(**dict(block_size=12, n_embd=48, n_head=4, n_layer=2, dropout=0.0, pe="sinpe",
+                                  pe_at="input", attn="mha", n_kv_head=2, kv_rank=10, mlp="gelu", codebook=7,
+                                  device="cpu", dtype="float32") | fields)
 
 def make(script, seed=0, **fields):
     """A small model in float64, its weights large enough for attention to matter."""
@@ -200,19 +202,43 @@ def test_gpt_and_gpt_v2_are_the_same_function_of_the_same_weights():
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
+@pytest.mark.parametrize("attn,kv_heads", [("mha", 4), ("gqa", 2), ("mqa", 1)])
 @each_encoding
-def test_attention_of_gpt_v3_is_the_one_written_out(pe, pe_at):
-    attention = make(gpt_v3, pe=pe, pe_at=pe_at).blocks[0].attn
+def test_attention_of_gpt_v3_is_the_one_written_out(pe, pe_at, attn, kv_heads):
+    attention = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn).blocks[0].attn
     turn = attention.pe if pe_at == "qk" else lambda x: x
-    x = torch.randn(2, 12, 24, dtype=torch.double)
+    x = torch.randn(2, 12, 48, dtype=torch.double)
     out, qkv = torch.empty_like(x), x @ attention.c_attn.weight.T + attention.c_attn.bias
-    for b, h in itertools.product(range(2), range(3)):
-        head = slice(8 * h, 8 * h + 8)
-        q, k, v = (part[b, :, head] for part in qkv.split(24, dim=-1))
+    assert qkv.shape[-1] == 48 + 24 * kv_heads
+    for b, h in itertools.product(range(2), range(4)):
+        kv = h * kv_heads // 4  # the head of keys and values
+        q, k, v = (qkv[b, :, 12 * head:12 * head + 12] for head in (h, 4 + kv, 4 + kv_heads + kv))
         q, k = turn(q), turn(k)
         for t in range(12):
-            out[b, t, head] = torch.softmax(k[:t + 1] @ q[t] / math.sqrt(8), dim=0) @ v[:t + 1]
+            out[b, t, 12 * h:12 * h + 12] = torch.softmax(k[:t + 1] @ q[t] / 12 ** 0.5, dim=0) @ v[:t + 1]
     torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
+
+@each_encoding
+def test_latent_attention_is_the_one_written_out(pe, pe_at):
+    attention, own = make(gpt_v3, pe=pe, pe_at=pe_at, attn="mla").blocks[0].attn, 6 * (pe_at == "qk")
+    turn = attention.pe if own else lambda x: x
+    x = torch.randn(2, 12, 48, dtype=torch.double)
+    queries, latents, out = x @ attention.c_q.weight.T, x @ attention.c_latent.weight.T, torch.empty_like(x)
+    for b, h in itertools.product(range(2), range(4)):
+        q = queries[b, :, (12 + own) * h:(12 + own) * (h + 1)]
+        kv = attention.ln_latent(latents[b, :, :10]) @ attention.c_kv.weight.T
+        k, v = kv[:, 12 * h:12 * h + 12], kv[:, 48 + 12 * h:48 + 12 * h + 12]
+        scores = (q[:, :12] @ k.T + turn(q[:, 12:]) @ turn(latents[b, :, 10:]).T) / (12 + own) ** 0.5
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()
+        out[b, :, 12 * h:12 * h + 12] = torch.softmax(scores.where(mask, -math.inf), dim=-1) @ v
+    torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
+
+def test_vq_is_attention_to_a_codebook_in_each_head():
+    vq, x = make(gpt_v3, mlp="vq").blocks[0].mlp, torch.randn(2, 5, 48, dtype=torch.double)
+    heads = [part @ codes.T / 12 ** 0.5 for part, codes in zip(x.split(12, dim=-1), vq.codebook)]
+    expected = [torch.softmax(scores, dim=-1) @ codes for scores, codes in zip(heads, vq.codebook)]
+    assert vq.codebook.shape == (4, 7, 12)
+    torch.testing.assert_close(vq(x), torch.cat(expected, dim=-1))
 
 def test_positional_encodings_are_their_formulas_and_rope_makes_scores_of_distances():
     table = lambda pe, T, C: make(gpt_v3, pe=pe, n_head=1, n_layer=1, block_size=T, n_embd=C).float().pe
@@ -230,10 +256,11 @@ def test_positional_encodings_are_their_formulas_and_rope_makes_scores_of_distan
     one, two = ((q @ k.T).diagonal(distance) for distance in (-5, 7))
     assert one.std() < 1e-4 and two.std() < 1e-4 < abs(one[0] - two[0])
 
-@pytest.mark.parametrize("script,pe,pe_at", [
-    (gpt, "", ""), (gpt_v2, "", ""), *((gpt_v3, *encoding) for encoding in ENCODINGS)], ids=name_of)
-def test_a_token_sees_all_before_it_and_none_after(script, pe, pe_at):
-    model, x = make(script, pe=pe, pe_at=pe_at), tokens(1, 12)
+@pytest.mark.parametrize("script,fields", [(gpt, {}), (gpt_v2, {}), *(
+    (gpt_v3, dict(pe=pe, pe_at=pe_at, attn=attn, mlp=mlp)) for (pe, pe_at), (attn, mlp) in
+    zip([*ENCODINGS, *ENCODINGS], KINDS * 2))], ids=name_of)
+def test_a_token_sees_all_before_it_and_none_after(script, fields):
+    model, x = make(script, **fields), tokens(1, 12)
     for t in range(12):
         other = x.clone()
         other[0, t] = (x[0, t] + 1) % 11
@@ -294,11 +321,14 @@ def test_generate_keeps_the_prompt_and_goes_past_block_size(script):
     assert out.shape == (2, 23) and torch.equal(out[:, :3], prompt)
 
 @each_encoding
-def test_a_cache_of_keys_and_values_changes_no_logit(pe, pe_at):
-    model, x = make(gpt_v3, pe=pe, pe_at=pe_at).eval(), tokens(2, 12)
+@pytest.mark.parametrize("attn,mlp", KINDS)
+def test_a_cache_changes_no_logit_and_keeps_no_more_than_it_has_to(pe, pe_at, attn, mlp):
+    model, x = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn, mlp=mlp).eval(), tokens(2, 12)
     cache, cuts = [[] for _ in model.blocks], itertools.pairwise((0, 4, *range(5, 13)))
     cached = torch.cat([model(x[:, a:b], start=a, cache=cache)[0] for a, b in cuts], dim=1)
     torch.testing.assert_close(cached, model(x)[0], rtol=0, atol=1e-9)
+    numbers = sum(part.numel() for part in cache[0]) / 2 / 12  # of a token in a block
+    assert numbers == {"mha": 2 * 48, "mqa": 2 * 12, "gqa": 4 * 12, "mla": 10 + 6 * (pe_at == "qk")}[attn]
 
 @each_encoding
 @pytest.mark.parametrize("length", [1, 20])
@@ -607,14 +637,19 @@ BAD_FLAGS = {  # and what the message has in it
     "--seed -1": ["--seed -1", "0"], "--sample_chars -1": ["--sample_chars -1", "0"],
     "--dtype float16": ["--dtype", "float16", "bfloat16"], "--device toaster": ["--device", "toaster", "cpu"],
     "--data nowhere.txt": ["--data nowhere.txt", "No such file", "https://", "tinyshakespeare/input.txt"],
-    "--data empty.txt": ["--data empty.txt", "--block_size"], "--data .": ["--data .", "directory"],
+    "--data empty.txt": ["--data empty.txt", "--block_size"], "--data .": ["--data ."],
     "--data latin1.txt": ["--data latin1.txt", "utf-8", "UTF-8"],
     "--data short.txt --block_size 8": ["--data short.txt", "--block_size 8"],
     "--csv nowhere/r.csv": ["--csv nowhere/r.csv", "No such file"], "--csv .": ["--csv .", "directory"],
     "--csv foreign.csv": ["--csv foreign.csv", "columns"]}
 BAD_FLAGS_V3 = {
     "--pe rotary": ["--pe", "rotary", "rope"], "--pe rope --n_embd 9 --n_head 3": ["--pe rope", "even"],
-    "--pe sinpe --pe_at qk --n_embd 18 --n_head 6": ["--pe sinpe", "qk", "--n_head", "even"],
+    "--pe sinpe --pe_at qk --n_embd 18 --n_head 6": ["--pe sinpe", "qk", "--n_embd / 6", "even"],
+    "--pe rope --pe_at qk --attn mla --n_embd 12 --n_head 2": ["--pe rope", "--n_embd / 4", "even"],
+    "--pe randn --pe_at qk --attn mla --n_embd 4 --n_head 4": ["--pe randn", "--n_embd / 8"],
+    "--attn gqa --n_head 6 --n_kv_head 4": ["--n_head 6", "--n_kv_head 4"],
+    "--n_kv_head 2": ["--n_kv_head 2", "gqa"], "--attn mqa --kv_rank 2": ["--kv_rank 2", "mla"],
+    "--attn mla --kv_rank 0": ["--kv_rank 0", "1"], "--codebook 9": ["--codebook 9", "vq"],
     "--beta2 1": ["--beta2 1", "0.99999"], "--grad_accum 3": ["--batch_size", "--grad_accum"],
     "--top_k 0": ["--top_k 0", "1"], "--min_lr -1": ["--min_lr -1", "0"],
     "--resume nowhere.pt": ["nowhere.pt", "No such file"], "--save no/run.pt": ["--save no/run.pt", "folder"],
@@ -666,7 +701,7 @@ def test_any_small_run_ends_well_or_in_one_line(sizes, rates, encoding):
 # --- Saved runs ------------------------------------------------------------------------------------------
 # What resuming has to bring back; and the same for a run that writes to the disk all the time.
 RUN = f"""{QUICK} --max_iters 40 --eval_interval 7 --dropout 0.3 --learning_rate 1e-2 --warmup_iters 5
-    --min_lr 1e-4 --sample_chars 0"""
+    --min_lr 1e-4 --sample_chars 0 --optimizer muon --attn mla --mlp vq --pe_at qk"""
 LONG = f"{RUN} --max_iters 200 --eval_interval 4"
 
 def load(path):
@@ -675,6 +710,8 @@ def load(path):
 def same(a, b):
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a if key != "train_s")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 def same_run(a, b):
@@ -760,7 +797,8 @@ def test_save_replaces_no_file_and_resume_goes_on_further_but_not_back_or_with_a
     assert load("run.pt")["step"] == 6 and row["n_embd"] == "16" and re.match("0:.* 4:.* 6:", row["curve"])
 
 def test_a_flag_of_another_shape_is_named(saved):
-    flags = {"--n_embd 32": 16, "--n_head 4": 2, "--n_layer 2": 1, "--block_size 9": 8, "--pe rope": "sinpe"}
+    flags = {"--n_embd 32": 16, "--n_head 4": 2, "--n_layer 2": 1, "--block_size 9": 8, "--pe rope": "sinpe",
+             "--mlp vq": "gelu"}
     for (flag, was), use in itertools.product(flags.items(), ("--resume", "--generate")):
         assert refused(call(gpt_v3, use, "run.pt", flag, "--device cpu"), flag, "run.pt", was)
 
@@ -789,6 +827,75 @@ def test_generate_is_deterministic_where_it_has_to_be_and_writes_a_character_at_
     assert [*map(len, calls[2:82:2])] == [1] * 40
     unknown = call(gpt_v3, "--generate run.pt --device cpu --prompt a€")
     assert refused(unknown, "--prompt", "€") and len(unknown[2]) < 100
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_several_texts_are_written_at_once(saved, number):
+    use = "--generate run.pt --sample_chars 30 --prompt ROMEO: --device cpu --num_samples"
+    out = good(gpt_v3, use, number)
+    texts = out.split("\n" + "-" * 20 + "\n") if number > 1 else [out, ""]
+    assert len(texts) == number + 1 and texts.pop() == "" and len(set(texts)) == number
+    assert all(text.startswith("ROMEO:") and len(text.rstrip("\n")) <= 36 for text in texts)
+
+def test_finetuning_starts_anew_from_the_weights_and_the_characters_of_a_saved_model(saved):
+    Path("backwards.txt").write_text(TEXT[::-1])
+    finetune = "--init_from run.pt --data backwards.txt --batch_size 4 --max_iters 3 --eval_iters 2"
+    out = good(gpt_v3, finetune, "--device cpu --optimizer muon --save new.pt --csv r.csv --sample_chars 0")
+    (row,), old, new = rows("r.csv"), load("run.pt"), load("new.pt")
+    first = float(re.search("step 0: train loss (.*?),", out)[1])
+    assert new["chars"] == old["chars"] and new["step"] == 3 and row["n_embd"] == "16"
+    assert "--init_from run.pt" in row["flags"] and "--max_iters 3" in row["flags"] and first < 4.1
+    good(gpt_v3, "--resume new.pt --max_iters 5 --csv r.csv --device cpu --sample_chars 0")
+    assert "--init_from run.pt" in rows("r.csv")[1]["flags"]
+    Path("backwards.txt").write_text(TEXT + "é€")
+    assert refused(call(gpt_v3, finetune, "--device cpu"), "--data backwards.txt", "é", "€")
+
+def folder(name, train, val, meta=None):
+    """A folder as nanoGPT has them."""
+    Path(name).mkdir(exist_ok=True)
+    Path(name, "train.bin").write_bytes(train)
+    Path(name, "val.bin").write_bytes(val)
+    if meta is not None:
+        Path(name, "meta.pkl").write_bytes(meta)
+    return f"--data {name}"
+
+def ids(text, chars):
+    return b"".join(chars.index(char).to_bytes(2, "little") for char in text)
+
+def test_a_folder_of_nanogpt_trains_as_its_text_does_and_without_characters_writes_token_ids():
+    chars = sorted(set(TEXT))
+    meta = pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {}})
+    flags = folder("chars", ids(TEXT[:18000], chars), ids(TEXT[18000:], chars), meta)
+    text, own = good(gpt_v3, QUICK), good(gpt_v3, QUICK, flags)
+    assert re.sub(r"\d+\.\d+ ms.*", "", text) == re.sub(r"\d+\.\d+ ms.*", "", own)
+    flags = folder("gpt2", ids(TEXT[:1000], chars), b"\x50\xc4" * 100)  # with 50256, the last of GPT-2's
+    out = good(gpt_v3, QUICK, flags, "--save gpt2.pt --csv r.csv --max_iters 1 --sample_chars 5")
+    assert re.search(r"\n0 (\d+ ){5}\n$", out) and rows("r.csv")[0]["data"] == "gpt2"
+    out = good(gpt_v3, "--generate gpt2.pt --prompt '7 50256' --sample_chars 3 --device cpu")
+    assert re.fullmatch(r"7 50256 (\d+ ){3}\n", out)
+
+def test_a_damaged_or_hostile_folder_is_refused():
+    zeros, ab = b"\0" * 98, pickle.dumps({"itos": {0: "a", 1: "b"}})
+    for train, val, meta, parts in [
+            (zeros[1:], zeros, None, ["train.bin"]), (zeros, b"", None, ["val.bin"]),
+            (zeros, zeros[:16], None, ["val.bin", "--block_size 8"]), (b"\xff" * 98, zeros, None, ["65535"]),
+            (b"\2\0" * 49, zeros, ab, ["token 2", "1"]), (zeros, zeros, b"words", ["meta.pkl"]),
+            (zeros, zeros, pickle.dumps({"itos": print}), ["meta.pkl", "builtins.print"]),
+            (zeros, zeros, pickle.dumps(7), ["meta.pkl"])]:
+        assert refused(call(gpt_v3, QUICK, folder("f", train, val, meta)), "--data f", *parts), parts
+
+@slow
+@beside
+def test_a_file_of_4_gb_is_not_read_into_memory(folder):
+    (folder / "big").mkdir()
+    for name, size in ("train.bin", 2**32), ("val.bin", 2**20):
+        with open(folder / "big" / name, "wb") as file:
+            file.truncate(size)  # sparse: zeros that take no room
+    code = f"""import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import gpt_v3
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak(); gpt_v3.train(gpt_v3.parse_args({words(QUICK, '--data big --max_iters 300 --batch_size 32')}))
+assert peak() - before < 1, (before, peak())"""
+    status, out, err = end(start(folder, "-c", shlex.quote(code)), 300)
+    assert (status, err) == (0, "") and "final: " in out
 
 # --- Several processes -----------------------------------------------------------------------------------
 GLOO = f"{RUN} --dropout 0 --dtype float32 --batch_size 8 --learning_rate 1e-3"
