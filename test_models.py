@@ -890,6 +890,7 @@ def test_a_file_of_4_gb_is_not_read_into_memory(folder):
     for name, size in ("train.bin", 2**32), ("val.bin", 2**20):
         with open(folder / "big" / name, "wb") as file:
             file.truncate(size)  # sparse: zeros that take no room
+    (folder / "big/meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
     code = f"""import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import gpt_v3
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 before = peak(); gpt_v3.train(gpt_v3.parse_args({words(QUICK, '--data big --max_iters 300 --batch_size 32')}))
@@ -1012,8 +1013,9 @@ def test_the_sweep_is_clean_shell():
 def test_every_command_in_the_readme_is_understood(saved):
     readme, names = (ROOT / "README.md").read_text(), set()
     parsers = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
-    for block in re.findall(r"^```\w*\n(.*?)^```", readme.replace("\\\n", " "), re.M | re.S):
-        for name, flags in re.findall(r"(?:python3?|bash|torchrun.*) (\S+\.(?:py|sh))([^|&#\n]*)", block):
+    readme = readme.replace("\\\n", " ").replace("$T", "512")
+    for block in re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S):
+        for name, flags in re.findall(r"(?:python3?|bash|torchrun.*) (\S+\.(?:py|sh))([^|&#;\n]*)", block):
             names.add(name)
             flags = ["cpu" if word == "cuda" else word for word in words(flags)]
             for flag, file in zip(flags, flags[1:]):
