@@ -398,7 +398,8 @@ def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_back
         code = (out.detach() * (1 - p)).round()
         torch.testing.assert_close(out.detach() * (1 - p), code)
         for layer, mask in zip(last, (code % 2, code // 2)):
-            torch.testing.assert_close(layer.bias.grad, (grad * mask / (1 - p)).sum((0, 1)))
+            expected = (grad * mask / (1 - p)).sum((0, 1))
+            torch.testing.assert_close(layer.bias.grad, expected, rtol=0, atol=1e-3)  # one element is worth 1
             layer.bias.grad = None
             masks.append(mask.double().cpu())
     noise = (torch.stack(masks) - (1 - p)) / math.sqrt(p * (1 - p))  # of mean 0 and variance 1
@@ -899,7 +900,7 @@ assert peak() - before < 1, (before, peak())"""
     assert (status, err) == (0, "") and "final: " in out
 
 # --- Several processes -----------------------------------------------------------------------------------
-GLOO = f"{RUN} --dropout 0 --dtype float32 --batch_size 8 --learning_rate 1e-3"
+GLOO = f"{RUN} --optimizer adamw --dropout 0 --dtype float32 --batch_size 8 --learning_rate 1e-3"
 
 @slow
 @beside
