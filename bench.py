@@ -1,21 +1,18 @@
 """Why attention is fused, measured: attention by hand and by SDPA on this machine, as a table in Markdown.
 
-    python bench.py                                                          # two minutes
-    python bench.py --T 256 512 1024 2048 --n_head 6 --plot attention.png    # how time and memory grow
-    python bench.py --step    # a training step of the three scripts, from eager float32 to all that helps
+    python bench.py                                               # two minutes
+    python bench.py --T 256 512 1024 2048 --plot attention.png    # how time and memory grow
+    python bench.py --step --plot step.png    # a training step, from eager float32 to all that helps
 """
 import argparse, csv, functools, importlib.util, itertools, math, os, statistics, sys, timeit, warnings
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory is talkative
-import torch
-from torch.nn import functional as F
+import torch, torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 import gpt, gpt_v2, gpt_v3
 try:
     import triton, triton.testing, triton.language as tl
 except ImportError:  # macOS, Windows
     triton = None
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # --- Contenders: functions of q, k, v (B, H, T, hs), mask (T, T) and dropout -> (B, H, T, hs) --------------
 def manual(q, k, v, mask, dropout):
@@ -37,16 +34,13 @@ if triton:
                      BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         """BLOCK_M rows of softmax(Q K^T scale) V of one head of one sequence, in one kernel: that is "fused".
         By hand, the scores (T, T) go out to memory and come back for the mask, for the softmax, for the
-        dropout and for the product with V. Here they exist on the chip only, BLOCK_N keys at a time, and
-        nothing but the result is written. A softmax needs the maximum and the sum of a whole row, though:
-        both are kept for the keys seen so far, and what was summed under an older maximum is scaled down to
-        the new one. That online softmax is Milakov & Gimelshein's (2018), attention as such a kernel is Dao
-        et al.'s (2022), with the rows in parallel and the keys in the loop Dao's (2023, FlashAttention-2).
-        Q, K and V share their strides, counted in elements, the last one being 1; OUT (B, T, H, hs) is
-        contiguous. scale includes log2(e), as GPUs compute 2^x; BLOCK_D is hs rounded up to a power of 2."""
+        dropout and for the product with V. Here they exist on the chip only, BLOCK_N keys at a time. The
+        softmax needs the maximum and the sum of a whole row: both are kept for the keys seen so far, and what
+        was summed under an older maximum is scaled down to the new one (Milakov & Gimelshein 2018; attention
+        as one kernel Dao et al. 2022; rows in parallel and keys in the loop Dao 2023, FlashAttention-2)."""
         block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see the most keys: they start first
         head = tl.program_id(1).to(tl.int64)  # of all B H of them
-        rows, dims = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        rows, dims = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)  # hs and padding
         inside = (rows[:, None] < T) & (dims < hs)  # all else is padding: read as zeros, never written
         start = head // H * batch_stride + head % H * head_stride
         q = tl.load(Q + start + rows[:, None] * time_stride + dims, mask=inside, other=0.0)  # (M, D)
@@ -76,10 +70,9 @@ def triton_flash(q, k, v, mask, dropout):
             or q.dtype != torch.bfloat16 or dropout or torch.is_grad_enabled()):
         raise NotImplementedError("needs Triton, a GPU, bfloat16, 16 <= hs <= 128, no dropout, no backward")
     out = q.new_empty(B, T, H, hs)  # heads side by side, as the next layer wants them
-    BLOCK_D = triton.next_power_of_2(hs)
     flash_kernel[triton.cdiv(T, 128), B * H](
-        q, k, v, out, *q.stride()[:3], T, H, hs ** -0.5 * math.log2(math.e), hs, BLOCK_D, BLOCK_M=128,
-        BLOCK_N=64, num_warps=8 if BLOCK_D == 128 else 4, num_stages=2)
+        q, k, v, out, *q.stride()[:3], T, H, hs ** -0.5 * math.log2(math.e), hs, triton.next_power_of_2(hs),
+        BLOCK_M=128, BLOCK_N=64, num_warps=4 if hs <= 64 else 8, num_stages=2)
     return out.transpose(1, 2)
 
 CONTENDERS = {
@@ -92,39 +85,31 @@ CONTENDERS = {
     "SDPA cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION, False),
     "Triton, this file": triton_flash}
 
-def draw(B, H, T, hs, dtype, device):
-    """New q, k, v (B, H, T, hs), views of one projection as in gpt_v3.py, and a gradient of the output."""
-    qkv, grad = torch.randn(B, T, 3, H, hs, device=device), torch.randn(B, T, H, hs, device=device)
-    q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4)
-    return *(x.detach().requires_grad_() for x in (q, k, v)), grad.to(dtype).transpose(1, 2)
-
 def attend(function, q, k, v, grad, mask, dropout, backward):
     """One pass of a contender -> (out,), or with backward (out, dq, dk, dv)."""
     with torch.set_grad_enabled(backward):
         out = function(q, k, v, mask, dropout)
         return (out, *torch.autograd.grad(out, (q, k, v), grad)) if backward else (out,)
 
-# --- Correct first ---------------------------------------------------------------------------------------
+# --- Correct first, then fast ----------------------------------------------------------------------------
 def check(function, q, k, v, grad, mask, dropout, backward):
     """The largest error of the output and the gradients, in multiples of what rounding and chance explain.
     The truth is manual in float64, for the first and the last sequence. With dropout there is no one truth,
     but every draw has to keep three laws; an error of 1 or more raises ArithmeticError:
     * the output's squared distance from that without dropout is p/(1-p) sum_j weights_j^2 v_j^2 on average;
-    * output and dv come from the same weights W after dropout: out = W v, dv = W^T grad, and so
-      sum_t dv v = sum_t grad out;
+    * out = W v and dv = W^T grad of the same weights W after dropout, and so sum_t dv v = sum_t grad out;
     * the same shift of all keys changes nothing, sum_t dk = 0, if both passes dropped the same weights."""
     rounding = 8 * 2.0 ** -(8 if q.dtype == torch.bfloat16 else 11 if q.is_cuda else 20)  # 11 bits is TF32
-    ends = [0, -1]
-    exact = [x[ends].detach().double().requires_grad_() for x in (q, k, v)] + [grad[ends].double()]
+    exact = [x[[0, -1]].detach().double().requires_grad_() for x in (q, k, v)] + [grad[[0, -1]].double()]
     true = attend(manual, *exact, mask, 0.0, backward)
-    got = [x[ends].double() for x in attend(function, q, k, v, grad, mask, 0.0, backward)]
+    got = [x[[0, -1]].double() for x in attend(function, q, k, v, grad, mask, 0.0, backward)]
     errors = [(x - y).abs().max() / y.abs().max() / rounding for x, y in zip(got, true)]
     if dropout:
-        got = [x[ends].double() for x in attend(function, q, k, v, grad, mask, dropout, backward)]
+        got = [x[[0, -1]].double() for x in attend(function, q, k, v, grad, mask, dropout, backward)]
         q, k, v, grad = (x.detach() for x in exact)
         weights = manual(q, k, torch.eye(len(mask), dtype=q.dtype, device=q.device), mask, 0.0)
         variance = dropout / (1 - dropout) * weights ** 2 @ v ** 2  # (B, H, T, hs)
-        chance = 2.5 * (max(2, 1 / dropout / (1 - dropout) - 4) / q[..., 0].numel()) ** 0.5  # 2.5 sigma
+        chance = 2 * (max(2, 1 / dropout / (1 - dropout) - 4) / q[..., 0].numel()) ** 0.5  # 2 sigma at hs = 1
         errors.append((((got[0] - true[0].detach()) ** 2 / variance).mean() - 1).abs() / chance)
         if backward:
             out, _, dk, dv = got
@@ -139,18 +124,14 @@ def attempt(row, work):
     """work(), or if that fails None and the reason in row["note"]; a row with a note is let be."""
     if row["note"]:
         return None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:  # SDPA warns what hinders which of its kernels
+        warnings.filterwarnings("ignore", ".*(because:|disabled)")  # and that the others were not asked for
         try:
             return work()
         except Exception as error:  # of any kind: from a kernel, a compiler, a driver
-            row["note"] = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if row["note"].startswith(("No available kernel", "No viable backend")):  # SDPA's reasons are warnings
-        reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
-        reasons = [text for text in reasons if "not used because" not in text and "disabled" not in text]
-        row["note"] = (reasons + ["no such kernel here"])[0]
+            texts = [str(error) or type(error).__name__, *(str(warning.message) for warning in caught)]
+            row["note"] = " ".join(text.split("\n")[0].split("(Triggered")[0].strip() for text in texts)
 
-# --- Then fast -------------------------------------------------------------------------------------------
 def clock(call, device):
     """Milliseconds of each of the calls that fit into a tenth of a second, of one at least."""
     if device == "cuda":  # do_bench also empties the L2 cache before each call
@@ -173,120 +154,144 @@ def peak_mib(call, device):
     return max(itertools.accumulate(changes)) / 2**20  # what is freed is negative
 
 def matmul_tflops(dtype, device):
-    """TFLOP/s of a product of two large square matrices: what this device can do."""
+    """TFLOP/s of a product of two large square matrices: what this device can do in dtype."""
     n = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
     return 2 * n**3 / 1e9 / statistics.median(clock(lambda: a @ b.T, device))  # transposed as in a Linear
 
 def measure(rows, peaks, rounds):
-    """Complete rows by what their calls need and take: in turn, so that a disturbance hits them all."""
-    for row in rows:
-        row["peak_mib"], row["times"] = attempt(row, lambda: peak_mib(row["call"], row["device"])), []
+    """Complete rows by the times of their calls: in turn, so that a disturbance hits them all."""
     for _, row in itertools.product(range(rounds), rows):
-        row["times"] += attempt(row, lambda: clock(row["call"], row["device"])) or []
+        row.setdefault("times", []).extend(attempt(row, lambda: clock(row["call"], row["device"])) or [])
     for row in rows:
         del row["call"]  # and what it holds
         if not row["note"]:
             low, median, high = statistics.quantiles(row["times"] * 2, n=4)  # twice: there may be one alone
-            tflops = row["flops"] / median / 1e9
-            row.update(n=len(row["times"]), ms=median, ms_q1=low, ms_q3=high, tflops=tflops,
-                       matmul_share=tflops / peaks[row["dtype"]],
-                       tokens_per_s=1e3 * row["batch_size"] * row["block_size"] / median)
+            row.update(n=len(row["times"]), ms=median, ms_q1=low, ms_q3=high,
+                       matmul_share=row["flops"] / median / 1e9 / peaks[row["dtype"]])
 
 def attention_rows(flags):
-    """Yield a row to measure for each pass of each contender, its output and gradients checked.
+    """Yield a row to time for each pass of each contender, its output and gradients checked.
     FLOPs as Dao (2023) counts: 4 T^2 hs a head, half of it as causal, 3.5 times as much with the backward."""
     torch.compiler.reset()  # to compile for this configuration alone
     config = gpt.parse_args(flags)
     B, H, T, hs = config.batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
     mask = torch.tril(torch.ones(T, T, dtype=torch.bool, device=config.device))
-    inputs = *draw(B, H, T, hs, DTYPES[config.dtype], config.device), mask, config.dropout
+    like = dict(dtype=getattr(torch, config.dtype), device=config.device)
+    qkv = torch.randn(B, T, 3, H, hs, **like).permute(2, 0, 3, 1, 4)  # of one projection, as in gpt_v3.py
+    grad = torch.randn(B, T, H, hs, **like).transpose(1, 2)
+    inputs = *(x.requires_grad_() for x in qkv), grad, mask, config.dropout
     for backward, (name, function) in itertools.product((False, True), CONTENDERS.items()):
-        row = vars(config) | {"attention": name, "pass": "forward + backward" if backward else "forward",
+        row = vars(config) | {"contender": name, "case": "forward + backward" if backward else "forward",
                               "flops": (7 if backward else 2) * B * H * T * T * hs, "note": "",
                               "call": functools.partial(attend, function, *inputs, backward)}
         row["error"] = attempt(row, lambda: check(function, *inputs, backward))
+        row["peak_mib"] = attempt(row, lambda: peak_mib(row["call"], config.device))
         yield row
 
 # --- A training step -------------------------------------------------------------------------------------
-RUNGS = {  # name: dtype, what is compiled as one graph, whether AdamW is one fused kernel
-    "eager float32": ("float32", None, False),
-    "+ bfloat16": ("auto", None, False),
-    "+ compile": ("auto", "block", False),
-    "+ fused AdamW": ("auto", "block", True),
-    "+ whole model compiled": ("auto", "model", True)}
+RUNGS = {  # name: what is one graph ("step" captures compiled blocks), fused AdamW?, where this is no use
+    "eager float32": (None, False, None), "+ bfloat16": (None, False, "float32"),
+    "+ compile": ("block", False, None), "+ fused AdamW": ("block", True, None),
+    "+ whole model compiled": ("model", True, "cpu"), "compiled blocks + CUDA graph": ("step", True, "cpu")}
 
-def training_step(script, config, compiled, fused):
-    """A script's new model, and a function that trains it for one step on a random batch -> the loss."""
+def training_step(script, config, unit, fused):
+    """A script's new model, a function that trains it for a step -> the loss, and what draws its batches."""
     torch.backends.cuda.enable_flash_sdp(True)  # PyTorch's default, until the model has its say
     data, _, chars, _ = script.load_data(config)
     model = script.GPT(config, len(chars)).to(config.device)
     flash = torch.backends.cuda.flash_sdp_enabled()
-    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    model.forward = autocast(model.forward)
-    for module in {None: [], "block": model.blocks, "model": [model]}[compiled]:
+    model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
+    for module in [] if unit is None else [model] if unit == "model" else model.blocks:
         module.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, capturable=unit == "step",
+                                  fused=fused or None)  # None is PyTorch's choice: foreach on a GPU
+    generator = torch.Generator(config.device).manual_seed(config.seed)
     def step():
         torch.backends.cuda.enable_flash_sdp(flash)  # a switch for all models: others came after this one
-        start = torch.randint(len(data) - config.block_size, (config.batch_size,), device=config.device)
+        start = torch.randint(len(data) - config.block_size, (config.batch_size,), generator=generator,
+                              device=config.device)
         _, loss = model(*script.get_batch(data, start, config.block_size))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # at the end: so gradients count as memory of the step
         return loss.detach()
-    return model, step
+    return model, step, generator
+
+def capture(step, generator):
+    """The step as a CUDA graph, all its kernels in one launch: a function that replays it -> the loss."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # whatever is done once is done, and AdamW has its moments
+            step()
+    graph.register_generator_state(generator)  # so that each replay draws another batch
+    with torch.cuda.graph(graph):
+        loss = step()  # stays where it is: a replay writes there
+    return lambda: graph.replay() or loss
 
 def step_rows(flags):
-    """Yield a row to measure for a step of each script on each rung; the first step is timed here.
+    """Yield a row to time for a step of each script on each rung; the first step is timed here.
     FLOPs of a token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer."""
     torch.compiler.config.force_disable_caches = True  # the first step as on a machine that never compiled it
-    for script, (rung, (dtype, compiled, fused)) in itertools.product((gpt, gpt_v2, gpt_v3), RUNGS.items()):
-        config = script.parse_args([*flags, "--dtype", dtype])
-        if (rung, config.dtype) == ("+ bfloat16", "float32") or (compiled, config.device) == ("model", "cpu"):
-            continue  # bfloat16 is slow here, and a CPU launches no kernels that larger graphs could save
-        model, step = training_step(script, config, compiled, fused)
+    for script, (rung, (unit, fused, no_use)) in itertools.product((gpt, gpt_v2, gpt_v3), RUNGS.items()):
+        config = script.parse_args(flags + ["--dtype=float32"] * (rung == "eager float32"))
+        if no_use in (config.dtype, config.device):
+            continue
+        model, step, generator = training_step(script, config, unit, fused)
         weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         weights += config.n_layer * config.block_size * config.n_embd  # as if the causal attention were some
-        row = vars(config) | dict(script=model.experiment, rung=rung, note="", call=step,
+        row = vars(config) | dict(contender=model.experiment, case=rung, note="", call=step,
                                   flops=6 * config.batch_size * config.block_size * weights)
         row["first_step_s"] = attempt(row, lambda: timeit.timeit(lambda: step().item(), number=1))
+        row["peak_mib"] = attempt(row, lambda: peak_mib(step, config.device))  # a graph keeps as much
+        if unit == "step":
+            row["call"] = attempt(row, lambda: capture(step, generator))
         yield row
 
 # --- Results ---------------------------------------------------------------------------------------------
-COLUMNS = """batch_size block_size n_embd n_head n_layer dropout dtype attention pass script rung error
-    first_step_s peak_mib n ms ms_q1 ms_q3 tokens_per_s tflops matmul_share note device torch command"""
+DTYPES = ["float32", "bfloat16"]
+COLUMNS = """batch_size block_size n_embd n_head n_layer dropout dtype case contender error first_step_s
+    peak_mib n ms ms_q1 ms_q3 flops matmul_share note device torch command""".split()
 
 def table(rows):
-    """The lines of a table in Markdown, the first two its header, without the rows that have a note."""
-    step = rows[0].get("rung")
-    cells = {"B x T x C": "{batch_size:g} x {block_size:g} x {n_embd:g}", "heads": "{n_head:g}",
-             "dropout": "{dropout:g}", "dtype": "{dtype}"}
-    cells |= {name: f"{{{name}}}" for name in (("script", "rung") if step else ("attention", "pass"))}
-    cells |= {"ms (quartiles)": "{ms:.4g} ({ms_q1:.4g} to {ms_q3:.4g})",
-              "TFLOP/s (share of matmul)": "{tflops:.2g} ({matmul_share:.0%})", "MiB": "{peak_mib:.1f}"}
-    if step:
-        cells |= {"tokens/s": "{tokens_per_s:,.0f}", "first step, s": "{first_step_s:.1f}"}
-    lines = [[cell.format(**row) for cell in cells.values()] for row in rows if not row["note"]]
-    return [f"| {' | '.join(line)} |" for line in [cells, ["---"] * len(cells), *lines]]
+    """The lines of a table in Markdown: what rows differ by, then a column for each contender with the median
+    time, the memory at the peak, and of steps the FLOP/s in those of a large matrix product and the first."""
+    cell = "{ms:.4g} ms, {peak_mib:.4g} MiB"
+    cell += ", {matmul_share:.0%} of matmul, first {first_step_s:.1f} s" if "first_step_s" in rows[0] else ""
+    keys = [key for key in COLUMNS[:8] if len({row[key] for row in rows}) > 1]
+    good = [row for row in rows if not row["note"]]
+    columns, lines = list(dict.fromkeys(row["contender"] for row in good)), {}
+    for row in good:
+        line = lines.setdefault(tuple(str(row[key]) for key in keys), dict.fromkeys(columns, "-"))
+        line[row["contender"]] = cell.format(**row)
+    cells = [[*place, *line.values()] for place, line in lines.items()]
+    return [f"| {' | '.join(line)} |" for line in [keys + columns, ["---"] * len(keys + columns), *cells]]
 
 def plot(path, rows):
-    """Draw time and memory against T on logarithmic axes into a PNG, a column for each configuration."""
+    """Draw time and memory into a PNG: of a script's step as bars by rung, of attention against T."""
     from matplotlib.figure import Figure
-    lines = {}
+    step, lines = "first_step_s" in rows[0], {}
     for row in rows:
-        title = "{n_head} heads, {dtype}, dropout {dropout:g}".format(**row)
-        lines.setdefault((title, row["attention"], row["pass"]), []).append(row)
-    titles = list(dict.fromkeys(title for title, _, _ in lines))
+        title = "Step of {contender}.py, T = {block_size}" if step else "Attention in {dtype}"
+        keys = title + ", {n_head} heads, dropout {dropout:g}", "" if step else "{contender}, {case}"
+        lines.setdefault(tuple(key.format(**row) for key in keys), []).append(row)
+    titles = list(dict.fromkeys(title for title, _ in lines))
     figure = Figure(figsize=(4 + 4 * len(titles), 7), layout="constrained")
+    figure.suptitle("{batch_size} sequences, {n_embd} channels; {device}, torch {torch}".format(**rows[0]))
     axes = figure.subplots(2, len(titles), sharex=True, sharey="row", squeeze=False)
-    for (title, name, direction), line in lines.items():
-        for ax, key in zip(axes[:, titles.index(title)], ("ms", "peak_mib")):
-            ax.loglog([row["block_size"] for row in line], [row[key] for row in line],
-                      ":" if direction == "forward" else "-", marker=".", label=f"{name}, {direction}",
-                      color=f"C{list(CONTENDERS).index(name)}")
-            ax.set(title=title, xlabel="T", ylabel=key)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    for (title, label), line in lines.items():
+        for ax, key, unit in zip(axes[:, titles.index(title)], ("ms", "peak_mib"), ("ms", "MiB at the peak")):
+            x, y = [row["case" if step else "block_size"] for row in line], [row[key] for row in line]
+            if step:
+                ax.bar_label(ax.bar(x, y), fmt="%.4g", label_type="center", color="white")
+            else:
+                ax.loglog(x, y, "-" if "backward" in label else ":", marker=".", label=label,
+                          color=f"C{list(CONTENDERS).index(line[0]['contender'])}")
+            ax.minorticks_off()
+            ax.set_xticks(x, [str(tick).replace(" ", "\n").replace("+\n", "+ ") for tick in x])
+            ax.set(title=title, xlabel="" if step else "T", ylabel=unit)
+    figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=1 + len(titles), frameon=False)
     figure.savefig(path, dpi=120)
 
 # --- Main ------------------------------------------------------------------------------------------------
@@ -295,25 +300,23 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: gpt.fail(f"{message}; --help lists the flags")
-    devices = ["cuda"] * bool(triton and torch.cuda.is_available()) + ["cpu"]
-    flag, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    either("--step", action="store_true", help="time a training step; flags not listed here are gpt.py's")
-    either("--plot", help="draw time and memory against T into this file, a PNG")
+    devices, flag = ["cuda"] * bool(triton and torch.cuda.is_available()) + ["cpu"], parser.add_argument
+    flag("--step", action="store_true", help="time a training step; flags not listed here are gpt.py's")
+    flag("--plot", help="draw time and memory into this file, a PNG")
     flag("--csv", help="write all numbers into this file")
-    flag("--rounds", type=int, default=5, help="turns of each contender, of a tenth of a second or more")
+    flag("--rounds", type=int, choices=range(1, 10), default=5, help="turns of 0.1 s or more for each call")
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     flag("--T", "--block_size", dest="block_size", nargs="+", default=[256], help="sequence lengths")
     flag("--n_head", nargs="+", default=[6], help="numbers of attention heads")
-    flag("--dtype", nargs="+", default=["auto"] if "--step" in argv else list(DTYPES), help="precisions")
+    flag("--dtype", nargs="+", default=["auto"] if "--step" in argv else DTYPES, help="precisions")
     flag("--dropout", nargs="+", default=[0.2] if "--step" in argv else [0.0, 0.2], help="shares dropped")
     args, others = parser.parse_known_args(argv)
     others = [f"--device={args.device}"] + ["--batch_size=4"] * (args.device == "cpu") + others
     args.flags = [[*others, f"--block_size={T}", f"--n_head={H}", f"--dtype={dtype}", f"--dropout={p}"] for
                   T, H, dtype, p in itertools.product(args.block_size, args.n_head, args.dtype, args.dropout)]
-    for script, flags in itertools.product((gpt, gpt_v2, gpt_v3), args.flags):
-        script.parse_args(flags)
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds} is less than 1")
+    configs = [script.parse_args(flags) for script in (gpt, gpt_v2, gpt_v3) for flags in args.flags]
+    for config in configs * args.step:  # a text that is missing, or too short
+        gpt.load_data(config)
     for path in filter(None, (args.csv, args.plot)):  # better now than in two minutes
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             parser.error(f"{path} is a folder, or in none that is there and can be written to")
@@ -328,21 +331,19 @@ def main():
     cpu = f"a CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     common = dict(device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
                   torch=torch.__version__, command=" ".join(["python bench.py", *sys.argv[1:]]))
-    print("`{command}` on {device}, torch {torch}; MiB at a call's peak.\n".format(**common))
-    peaks, rows = {name: matmul_tflops(dtype, args.device) for name, dtype in DTYPES.items()}, []
+    peaks, rows = {dtype: matmul_tflops(dtype, args.device) for dtype in DTYPES}, []
     for flags in args.flags:
+        print(*flags, file=sys.stderr)
         new = list(step_rows(flags) if args.step else attention_rows(flags))
         measure(new, peaks, args.rounds)
-        print("\n".join(table(new)[2 * bool(rows):]), flush=True)
-        rows += new
-    notes = "* {script}, {rung}: {note}" if args.step else "* {attention}: {note}"
-    print("", *dict.fromkeys(notes.format(**row) for row in rows if row["note"]), sep="\n")
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            out = csv.DictWriter(file, COLUMNS.split(), "", "ignore", lineterminator="\n")
-            out.writeheader()
-            out.writerows(row | common for row in rows)
-    if args.plot:
+        rows += [row | common for row in new]
+        if args.csv:  # each time: a run that is cut off keeps what it has
+            with open(args.csv, "w", newline="", encoding="utf-8") as file:
+                lines = [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)]
+                csv.writer(file, lineterminator="\n").writerows(lines)
+    notes = dict.fromkeys("* {contender}, {case}: {note}".format(**row) for row in rows if row["note"])
+    print("`{command}` on {device}, torch {torch}\n".format(**common), *table(rows), "", *notes, sep="\n")
+    if args.plot and not all(row["note"] for row in rows):
         plot(args.plot, [row for row in rows if not row["note"]])
 
 if __name__ == "__main__":

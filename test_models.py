@@ -3,12 +3,13 @@
     python -m pytest                  all of them, three minutes on two cores
     python -m pytest -m "not slow"    the quick ones
 """
-import csv, difflib, functools, hashlib, io, itertools, math, multiprocessing, os, pickle, random, re
-import resource, shlex, shutil, signal, subprocess, sys, time, warnings, zlib
+import csv, difflib, functools, hashlib, importlib.util, io, itertools, math, multiprocessing, os, pickle
+import random, re, resource, shlex, shutil, signal, subprocess, sys, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is tested is too small for two
 import hypothesis, pytest, torch
@@ -16,7 +17,7 @@ from hypothesis import strategies as some
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpt, gpt_v2, gpt_v3
+import bench, gpt, gpt_v2, gpt_v3
 
 ROOT = Path(__file__).parent
 TEXT = (ROOT / "input.txt").read_text()[:20000]
@@ -162,7 +163,7 @@ def test_a_file_is_short_and_fits_a_projector(name, most):
 
 @beside
 def test_an_import_does_nothing_and_needs_no_compiler(folder):
-    code = """import sys, torch; state = torch.get_rng_state(); import gpt, gpt_v2, gpt_v3
+    code = """import sys, torch; state = torch.get_rng_state(); import bench, gpt, gpt_v2, gpt_v3
 assert torch.equal(state, torch.get_rng_state()) and 'torch._dynamo' not in sys.modules"""
     before, env = files(folder), {"PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": 1}
     assert end(start(folder, "-c", shlex.quote(code), env=env)) == (0, "", "") and files(folder) == before
@@ -229,15 +230,14 @@ def test_latent_attention_is_the_one_written_out(pe, pe_at):
         kv = attention.ln_latent(latents[b, :, :10]) @ attention.c_kv.weight.T
         k, v = kv[:, 12 * h:12 * h + 12], kv[:, 48 + 12 * h:48 + 12 * h + 12]
         scores = (q[:, :12] @ k.T + turn(q[:, 12:]) @ turn(latents[b, :, 10:]).T) / (12 + own) ** 0.5
-        mask = torch.ones(12, 12, dtype=torch.bool).tril()
-        out[b, :, 12 * h:12 * h + 12] = torch.softmax(scores.where(mask, -math.inf), dim=-1) @ v
+        scores += torch.full((12, 12), -math.inf).triu(1)
+        out[b, :, 12 * h:12 * h + 12] = torch.softmax(scores, dim=-1) @ v
     torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
 
 def test_vq_is_attention_to_a_codebook_in_each_head():
     vq, x = make(gpt_v3, mlp="vq").blocks[0].mlp, torch.randn(2, 5, 48, dtype=torch.double)
     heads = [part @ codes.T / 12 ** 0.5 for part, codes in zip(x.split(12, dim=-1), vq.codebook)]
     expected = [torch.softmax(scores, dim=-1) @ codes for scores, codes in zip(heads, vq.codebook)]
-    assert vq.codebook.shape == (4, 7, 12)
     torch.testing.assert_close(vq(x), torch.cat(expected, dim=-1))
 
 def test_positional_encodings_are_their_formulas_and_rope_makes_scores_of_distances():
@@ -280,17 +280,6 @@ def test_initial_weights_and_loss(script):
     assert abs(model(x, x.flip(0))[1].item() - math.log(65)) < 0.1
     assert (model.lm_head.bias is None) == (script is gpt_v3)
 
-@pytest.mark.parametrize("C", [384, 768])
-def test_every_size_of_the_experiment_builds_and_has_the_parameters_of_its_formula(C):
-    """Shapes alone, on the meta device: 85M parameters cost nothing there."""
-    for (pe, pe_at), n_head, n_layer in zip(ENCODINGS[::2], (6, 8, 12), (12, 8, 6)):
-        with torch.device("meta"):
-            fields = dict(n_embd=C, n_head=n_head, n_layer=n_layer, pe=pe, pe_at=pe_at)
-            model = gpt_v3.GPT(settings(block_size=256, **fields), 65)
-            assert model(torch.zeros(2, 256, dtype=torch.long))[0].shape == (2, 256, 65)
-        expected = n_layer * (12 * C ** 2 + 13 * C) + 2 * C + 2 * 65 * C
-        assert sum(p.numel() for p in model.parameters()) == expected
-
 def test_the_weights_of_gpt_v3_keep_their_names_and_only_randn_saves_a_table():
     block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
     layers = [*(f"blocks.0.{name}" for name in block), "ln_f"]
@@ -313,12 +302,6 @@ def test_one_batch_can_be_learnt_by_heart(script):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02
-
-@pytest.mark.parametrize("script", [gpt, gpt_v2], ids=name_of)
-def test_generate_keeps_the_prompt_and_goes_past_block_size(script):
-    prompt = tokens(2, 3)
-    out = make(script).eval().generate(prompt, 20)
-    assert out.shape == (2, 23) and torch.equal(out[:, :3], prompt)
 
 @each_encoding
 @pytest.mark.parametrize("attn,mlp", KINDS)
@@ -760,20 +743,6 @@ def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not
     result = call(gpt_v3, RUN, out=kill)
     assert refused(result, "stopped", status=status) and "--resume" not in result[2]
 
-@pytest.mark.parametrize("function,number", [("fsync", 5), ("replace", 2)])
-def test_a_run_killed_inside_a_save_leaves_whole_files_and_goes_on(function, number, whole, monkeypatch):
-    original, calls = getattr(os, function), itertools.count(1)
-    def die(*args):
-        if next(calls) == number:
-            raise BaseException("killed")  # which nothing catches, as nothing catches SIGKILL
-        return original(*args)
-    with monkeypatch.context() as patch, pytest.raises(BaseException, match="killed"):
-        patch.setattr(os, function, die)
-        call(gpt_v3, RUN, "--save cut.pt --csv cut.csv")
-    assert all(load(path)["chars"] for path in Path(".").glob("cut.pt*") if path.suffix != ".tmp")
-    good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
-    assert same_run("cut", "whole")
-
 def test_a_save_that_finds_no_room_costs_a_warning_and_keeps_the_last_one(whole):
     def work():
         full = Output("step 10", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
@@ -853,10 +822,8 @@ def test_finetuning_starts_anew_from_the_weights_and_the_characters_of_a_saved_m
 def folder(name, train, val, meta=None):
     """A folder as nanoGPT has them."""
     Path(name).mkdir(exist_ok=True)
-    Path(name, "train.bin").write_bytes(train)
-    Path(name, "val.bin").write_bytes(val)
-    if meta is not None:
-        Path(name, "meta.pkl").write_bytes(meta)
+    for file, data in {"train.bin": train, "val.bin": val, **({"meta.pkl": meta} if meta else {})}.items():
+        Path(name, file).write_bytes(data)
     return f"--data {name}"
 
 def ids(text, chars):
@@ -1002,13 +969,209 @@ def test_a_slurm_task_is_one_run_that_ctrl_c_ends_and_that_goes_on_if_it_is_save
     assert "Traceback" not in err and "goes on" in err and rows(folder / "r.csv") == []
     assert re.search("gpt_v3.py --pe rope .*--resume kept/", end(task("--dry-run"))[1])
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
-def test_the_sweep_is_clean_shell():
-    assert subprocess.run(["shellcheck", ROOT / "sweep.sh"], capture_output=True, text=True).stdout == ""
-
 # --- The report ------------------------------------------------------------------------------------------
+SEED_CSV = ROOT / "results/seed.csv"
+
+@pytest.fixture
+def report(tmp_path):
+    """The report and the published losses in results/, with a README.md of all tables there and above."""
+    (tmp_path / "results").mkdir()
+    for name in ("report.py", "seed.csv"):
+        shutil.copy(ROOT / "results" / name, tmp_path / "results")
+    spec = importlib.util.spec_from_file_location("report", tmp_path / "results/report.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    blocks = "".join(f"<!-- report {name} -->\nold\n<!-- /report -->\n" for name in module.TABLES)
+    for page in ("results/README.md", "README.md"):
+        Path(page).write_text(f"top\n{blocks}end\n")
+    return module
+
+def published(name, change=lambda loss, seed: loss, seeds=(1337,), small=True, most=56, **cells):
+    """A CSV of the published runs, or of the small ones that stand for them, with changed losses."""
+    made, path = [], Path("results", name)
+    for row, seed in ((row, seed) for seed in seeds for row in rows(SEED_CSV)[:most]):
+        flags = row["flags"].replace("1337", str(seed)).replace("256", "64" if small else "256")
+        row |= {loss: change(float(row[loss]), seed) for loss in ("train_loss", "val_loss") if row[loss]}
+        row |= {"flags": flags, "curve": "0:4.2:4.2 300:2.5:2.6 600:2.0:2.4 900:1.5:2.7"} | cells
+        shrunk = {"n_embd": int(row["n_embd"]) // 4, "n_layer": int(row["n_layer"]) // 2}
+        made.append(row | shrunk if small else row)
+    gpt.append_rows(path, *made)
+    return path
+
+def table(report, name, path):
+    text = report.TABLES[name](report.sweep(SEED_CSV), report.sweep(path)).split("\n\n")[0]
+    return {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in text.split("\n")[2:])}
+
+@beside
+def test_the_pages_and_figures_are_what_the_csvs_give(folder):
+    assert "<!-- report findings -->" in (ROOT / "results/README.md").read_text()
+    assert end(start(folder, ROOT / "results/report.py", "--check")) == (0, "", "")
+
+def test_a_report_writes_both_pages_and_check_finds_each_difference(report):
+    path = published("laptop.csv")
+    assert call(report) == (0, "", f"{path.resolve()}: 45 of 56 runs\n")
+    made = files("results") | files()
+    for page in (Path("README.md"), Path("results/README.md")):
+        assert re.fullmatch(r"top\n(?s:.*)end\n", page.read_text()) and "\nold\n" not in page.read_text()
+    assert call(report, "--check") == (0, "", "") and files("results") | files() == made
+    for changed in map(Path, ("README.md", "results/README.md", "results/losses.png", "results/curves.png")):
+        changed.write_bytes(re.sub(rb"[0-9a-f]{64}|reproduced", b"", made[changed]))  # of a figure the hash
+        assert refused(call(report, "--check"), f"{changed.resolve()} is not what ", status=1)
+        changed.write_bytes(made[changed])
+    path.write_text(path.read_text().replace("600:2.0", "600:1.9"))  # of which no table knows
+    assert refused(call(report, "--check"), "losses.png is not what ", status=1)
+
+@pytest.mark.parametrize("most", [0, 1, 3, 45])
+def test_any_part_of_another_sweep_is_printed_and_drawn_beside_its_csv(report, most):
+    before, path = files(), published("my.csv", most=most, small=False)
+    status, out, err = call(report, path)
+    assert (status, err) == (0, f"{path}: {most} of 56 runs\n") and f"{most} of 56 runs, {most} rows" in out
+    assert re.findall("## (.+)", out) == list(report.TABLES)[:-1]  # not the choices
+    names = ["my_curves.png", "my_losses.png"] if most > 2 else ["my_losses.png"] if most else []
+    assert sorted(file.name for file in Path("results").glob("*.png")) == names and files() == before
+    assert call(report, path, "--check") == (0, "", "")
+
+def test_a_finding_is_reproduced_or_not_or_within_the_spread_of_seeds(report):
+    found, wide = table(report, "findings", published("same.csv")), "n_embd 768 has the lowest train loss"
+    assert found[wide] == ["16 of 16, +0.545"] * 2 + ["reproduced"]
+    assert found["n_head moves the val loss less than the other factors"][0] == "3 of 3, +0.353"
+    assert {line[-1] for line in found.values()} == {"reproduced"}
+    found = table(report, "findings", published("turned.csv", lambda loss, seed: 4 - loss))
+    assert found[wide][1:] == ["0 of 16, -0.545", "not reproduced"]
+    chance = lambda loss, seed: loss + 0.1 * seed  # the difference between two seeds has the spread 0.1
+    found = table(report, "findings", published("two.csv", chance, seeds=(1, 2)))
+    assert [found[name][-1] for name in (wide, "pe_type rope has the lowest train loss, n_embd 768")] == [
+        "reproduced", "within the spread of seeds"]
+
+def test_the_order_of_rows_and_equal_rows_change_nothing(report):
+    one = published("one.csv", lambda loss, seed: loss + seed, seeds=(1, 2))
+    header, *lines = one.read_text().splitlines(keepends=True)
+    Path("two.csv").write_text(header + "".join(random.Random(0).sample(lines * 2, len(lines) * 2)))
+    assert report.sweep(one) == report.sweep("two.csv")
+    assert "--- |\n| gpt_v3 | sinpe | 384 (96) | 8 | 6 (3) | 1.506 | 3.006 ± 0.707 " in call(report, one)[1]
+
+@pytest.mark.parametrize("old,new,message", [
+    (r"\n\Z", "", "line 4 is damaged or cut off"), ("2.7\n", "2", "line 2 is"), (",384,", ",wide,", "line 2"),
+    ("randn", "huh", "line 4 is"), ("300:2.5:2.6", "300:2.5", "line 2"), ("--batch", '"--batch', "line 2 is"),
+    (" 64 ", " 32 ", "rows differ in --batch_size (32, 64); a report is of one setting"),
+    ("3747689809", "1", "rows differ in text (1, 3747689809)"), ("val_loss", "loss", "it is not a CSV of ")])
+def test_a_report_refuses_what_it_cannot_read(report, old, new, message):
+    path = published("my.csv", most=3, small=False)
+    path.write_text(re.sub(old, new, path.read_text(), count=1))
+    assert refused(call(report, path), f"{path}: {message}") and refused(call(report, "no.csv"), "[Errno 2]")
+
+def test_figures_have_eight_lines_a_panel_at_most_and_claim_what_is_so(report):
+    theirs, same, other = map(report.sweep, (SEED_CSV, published("same.csv"), published(
+        "other.csv", lambda loss, seed: 4 - loss if loss > 1.2 else loss, curve="300:2:3 600:1:2")))
+    for ours, claimed in ((same, True), (other, False)):
+        losses, curves = report.losses_figure(theirs, ours), report.curves_figure(theirs, ours)
+        assert curves.get_suptitle().startswith(f"In {9 * claimed} of 9 runs the val loss turns up")
+        assert ("the worse it predicts" in losses.get_suptitle()) == claimed
+        assert [len(axes.lines) for axes in losses.axes] == [40, 40]
+        assert all(len(axes.lines) <= 8 and axes.lines[0].get_xdata()[0] == 300 for axes in curves.axes)
+        assert "channels wide: 384 (ours 96)" in [text.get_text() for text in losses.legends[0].get_texts()]
 
 # --- The benchmark ---------------------------------------------------------------------------------------
+SMALL = "--T 16 --n_head 2 --n_embd 32 --batch_size 2 --n_layer 2 --rounds 1 --csv a.csv"
+
+@pytest.mark.parametrize("flags,part", [
+    ("--T 256 x", "x"), ("--T 0", "--block_size 0"), ("--T", "--T"), ("--n_head 6 5", "--n_head 5"),
+    ("--dtype float16", "float16"), ("--dropout 1", "--dropout 1.0"), ("--rounds 0", "--rounds"),
+    ("--batch_size 0", "--batch_size 0"), ("--device tpu", "tpu"), ("--csv no/a.csv", "no/a.csv"),
+    ("--csv .", ". is a folder"), ("--plot no/a.png", "no/a.png"), ("--head 6", "--head"), ("extra", "extra"),
+    ("--step --data no.txt", "no.txt"), ("--step --T 16 5000", "5000"), ("--plot a.png", "matplotlib")])
+def test_a_wrong_flag_of_the_benchmark_is_one_line_before_anything_is_measured(flags, part, monkeypatch):
+    monkeypatch.setattr(bench, "clock", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    before, result = files(), call(bench, flags, "--device cpu" * ("--device" not in flags))
+    assert refused(result, part) and result[1] == "" and files() == before
+
+nothing = lambda x: x - x.detach()  # but a gradient
+WRONG = {
+    "not causal": lambda q, k, v, mask, p: bench.manual(q, k, v, torch.ones_like(mask), p),
+    "drops 3/16": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, 3 / 16 if p else 0.0),
+    "drops nothing": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, 0.0),
+    "twice dq": lambda q, k, v, mask, p: bench.manual(q + nothing(q), k, v, mask, p),
+    "dropout, and dk has a sum": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, p) + p * nothing(k),
+    "dropout, and another for dv": lambda q, k, v, mask, p: bench.manual(q, k, v.detach(), mask, p) + nothing(
+        bench.manual(q.detach(), k.detach(), v, mask, p))}
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_tells_wrong_attention_from_right(wrong, dtype):
+    torch.manual_seed(0)
+    *qkv, grad = torch.randn(4, 4, 6, 256, 64, dtype=dtype)
+    rest = *(x.requires_grad_() for x in qkv), grad, torch.tril(torch.ones(256, 256, dtype=torch.bool))
+    with pytest.raises(ArithmeticError, match="wrong: the error is"):
+        bench.check(WRONG[wrong], *rest, 0.2, True)
+    right = WRONG[wrong] if wrong.startswith("drop") else bench.manual
+    assert bench.check(right, *rest, 0.0, True) < 0.5 and bench.check(bench.manual, *rest, 0.2, True) < 0.5
+
+@pytest.mark.parametrize("device,dtype,dropout", [
+    *(pytest.param("cpu", *how, marks=slow) for how in (("float32", 0.2), ("bfloat16", 0.0))),
+    *(pytest.param("cuda", dtype, p, marks=cuda) for dtype in ("float32", "bfloat16") for p in (0.0, 0.2))])
+def test_every_contender_that_runs_agrees_with_the_manual_one(device, dtype, dropout):
+    flags = words("--batch_size 2 --device", device, "--dtype", dtype, "--dropout", dropout)
+    done = {row["contender"] for row in bench.attention_rows(flags) if not row["note"]}
+    flash = dtype == "bfloat16" if device == "cuda" else not dropout
+    kernel = device == "cuda" and dtype == "bfloat16" and not dropout
+    assert done - {"SDPA cuDNN"} == {  # where it is wrong, that is no fault of ours
+        "manual", "manual, compiled", "SDPA math", "SDPA math, bf16 sums", *["SDPA flash"] * flash,
+        *["SDPA efficient"] * (device == "cuda"), *["Triton, this file"] * kernel}
+
+def test_peak_memory_is_what_a_call_holds_at_most():
+    kept = torch.empty(1 << 20)
+    call = lambda: [kept.add_(1), torch.empty(3 << 18).numel(), torch.empty(1 << 18), torch.empty(1 << 18)]
+    assert bench.peak_mib(call, "cpu") == 3  # MiB, of floats that are freed at once
+
+def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
+    large = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\n:("))
+    monkeypatch.setattr(bench, "CONTENDERS", {"manual": bench.manual, "wrong": WRONG["not causal"],
+                                              "large": large, "flash": bench.CONTENDERS["SDPA flash"]})
+    _, out, _ = call(bench, SMALL, "--device cpu --T 16 32 --dtype float32 --dropout 0.2 --plot a.png")
+    lines = [line[2:-2].split(" | ") for line in out.splitlines() if line[:1] == "|"]
+    right = [row for row in rows("a.csv") if not row["note"]]
+    assert lines[:2] == [["block_size", "case", "manual"], ["---"] * 3] and len(lines) == 6
+    for line, row in zip(lines[2:], right, strict=True):
+        low, ms, high, peak = (float(row[name]) for name in ("ms_q1", "ms", "ms_q3", "peak_mib"))
+        assert line == [row["block_size"], row["case"], f"{ms:.4g} ms, {peak:.4g} MiB"] and low <= ms <= high
+    notes = dict(line[2:].split(": ", 1) for line in out.splitlines() if line[:1] == "*")
+    assert len(notes) == 6 and notes["large, forward"] == "CUDA out of memory. Tried to allocate 1 TiB"
+    assert "wrong: the error is" in notes["wrong, forward"] and "non-zero dropout" in notes["flash, forward"]
+    assert len(rows("a.csv")) == 16 and Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@each_script
+def test_the_step_is_that_of_the_script_and_a_graph_of_it_goes_on_where_it_was(script, device):
+    flags = words("--device", device, "--dropout 0 --no-compile" * (device == "cuda"))
+    config = script.parse_args(words(QUICK, *flags))
+    torch.manual_seed(config.seed)
+    model, step, _ = bench.training_step(script, config, None, True)
+    losses = [step().item() for _ in range(config.max_iters)]
+    torch.testing.assert_close(dict(model.state_dict()), dict(train(script, *flags).state_dict()))
+    if device == "cuda":
+        torch.manual_seed(config.seed)
+        _, step, generator = bench.training_step(script, config, "step", True)
+        replay = bench.capture(step, generator)  # after three steps
+        assert abs(replay().item() - losses[3]) < 1e-3 < abs(replay().item() - losses[3])
+
+INTERPRET = """
+import bench, torch, triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder as Builder
+dot = Builder.create_dot  # of bfloat16, it multiplies the bits as integers
+Builder.create_dot = lambda self, a, b, *rest: dot(
+    self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32), *rest)
+for B, H, T, hs in (1, 3, 1, 16), (2, 1, 17, 32), (1, 2, 129, 48), (2, 1, 256, 128):
+    q, k, v = torch.randn(B, T, 3, H, hs, dtype=torch.bfloat16).mul(2).permute(2, 0, 3, 1, 4)
+    mask = torch.tril(torch.ones(T, T, dtype=torch.bool))
+    print(bench.check(bench.triton_flash, q, k, v, q, mask, 0.0, False))"""
+
+@slow
+@beside
+def test_the_triton_kernel_is_attention_in_triton_s_interpreter(folder):
+    pytest.importorskip("triton")
+    status, out, err = end(start(folder, "-c", shlex.quote(INTERPRET), env=dict(
+        TRITON_INTERPRET=1, PYTHONPATH=ROOT)))
+    assert status == 0 and len(out.split()) == 4, err
 
 # --- README ----------------------------------------------------------------------------------------------
 def test_every_command_in_the_readme_is_understood(saved):

@@ -301,16 +301,16 @@ def curves_figure(published, ours):
     if not shapes:
         return None
     shapes = dict.fromkeys((shapes[0], shapes[len(shapes) // 2], shapes[-1]))
-    figure, turned = Figure(figsize=(9, 4.6)), True
+    figure, turned = Figure(figsize=(9, 4.6)), []
     for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes):
         for run in (run for run in curves if run[2:] == shape):
             (steps, train, val), color = zip(*curves[run]), PES[run.pe_type][0]
             at, own = val.index(min(val)), ours[run][0]["run"]
             axes.plot(steps, train, "--", color=color)
             axes.plot(steps, val, "-o", color=color, markevery=[at])
-            turned = turned and val[at] < val[-1] and train[at] > train[-1]
+            turned.append(val[at] < val[-1] and train[at] > train[-1])
         axes.set(xlabel="iterations", ylabel="loss", title="{} wide, {} heads, {} layers".format(*own[2:]))
-    title = "The val loss turns up, the train loss goes on falling" if turned else "Losses during training"
+    title = f"In {sum(turned)} of {len(turned)} runs the val loss turns up as the train loss goes on falling"
     return titled(figure, title, curves, {"val loss": {"ls": "-", "marker": ""}, "lowest val loss": {},
                                           "train loss": {"ls": "--", "marker": ""}}, 2)
 
