@@ -150,7 +150,6 @@ def peak_mib(call, device):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
-    print("EV", len(profile.kineto_results.events()), file=sys.__stderr__, flush=True)
     changes = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes)) / 2**20  # what is freed is negative
 

@@ -163,7 +163,7 @@ def test_a_file_is_short_and_fits_a_projector(name, most):
 
 @beside
 def test_an_import_does_nothing_and_needs_no_compiler(folder):
-    code = """import sys, torch; state = torch.get_rng_state(); import bench, gpt, gpt_v2, gpt_v3
+    code = """import sys, torch; state = torch.get_rng_state(); import gpt, gpt_v2, gpt_v3
 assert torch.equal(state, torch.get_rng_state()) and 'torch._dynamo' not in sys.modules"""
     before, env = files(folder), {"PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": 1}
     assert end(start(folder, "-c", shlex.quote(code), env=env)) == (0, "", "") and files(folder) == before
@@ -390,14 +390,6 @@ def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_back
     means += [(mask.narrow(axis, 1, size - 1) * mask.narrow(axis, 0, size - 1)).mean()  # neighbours
               for mask in noise for axis, size in enumerate(shape)]
     assert max(map(abs, means)) < 5 / math.sqrt(7 / 8 * masks[0].numel())
-
-@each_script
-def test_attention_drops_weights_in_training_alone(script):
-    model, x = make(script, dropout=0.5), tokens(2, 12)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and "heads" not in name:
-            module.p = 0.0
-    assert not torch.equal(model(x)[0], model(x)[0]) and torch.equal(model.eval()(x)[0], model(x)[0])
 
 # --- Evaluation ------------------------------------------------------------------------------------------
 @each_script
@@ -1138,6 +1130,13 @@ def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
     assert len(notes) == 6 and notes["large, forward"] == "CUDA out of memory. Tried to allocate 1 TiB"
     assert "wrong: the error is" in notes["wrong, forward"] and "non-zero dropout" in notes["flash, forward"]
     assert len(rows("a.csv")) == 16 and Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+def test_a_step_is_timed_on_every_rung_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    _, out, _ = call(bench, SMALL, "--step --device cpu --dtype bfloat16 --plot s.png")
+    cases = [(row["contender"], row["case"]) for row in rows("a.csv") if float(row["ms"]) > 0]
+    assert cases == list(itertools.product(("gpt", "gpt_v2", "gpt_v3"), list(bench.RUNGS)[:4]))
+    assert "| gpt | gpt_v2 | gpt_v3 |" in out and Path("s.png").exists()
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @each_script
