@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
         self.pe_size = self.head_size // 2 if config.pe_at == "qk" else 0
         self.c_q = nn.Linear(C, C + config.n_head * self.pe_size, bias=False)
         self.c_latent = nn.Linear(C, config.kv_rank + self.pe_size, bias=False)
-        self.ln_latent = nn.LayerNorm(config.kv_rank)
+        self.ln_latent = nn.LayerNorm(config.kv_rank)  # an RMSNorm there; nor are queries compressed here
         self.c_kv = nn.Linear(config.kv_rank, 2 * C, bias=False)
         self.c_proj = nn.Linear(C, C)
         self.resid_dropout = nn.Dropout(config.dropout)
