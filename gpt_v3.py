@@ -88,13 +88,13 @@ class LatentAttention(nn.Module):
 
     def forward(self, x, start=0, cache=None):
         q = self.c_q(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs + pe_size)
-        latent, key = self.c_latent(x).split([self.c_kv.in_features, self.pe_size], dim=-1)
+        latent, k_pe = self.c_latent(x).split([self.c_kv.in_features, self.pe_size], dim=-1)
         if self.pe:
-            q, own = q.split([self.head_size, self.pe_size], dim=-1)
-            q, key = torch.cat((q, self.pe(own, start)), dim=-1), self.pe(key, start)
-        latent, key = remember(cache, start, self.ln_latent(latent), key)  # (B, T, kv_rank), (B, T, pe_size)
+            q, q_pe = q.split([self.head_size, self.pe_size], dim=-1)
+            q, k_pe = torch.cat((q, self.pe(q_pe, start)), dim=-1), self.pe(k_pe, start)
+        latent, k_pe = remember(cache, start, self.ln_latent(latent), k_pe)  # (B, T, kv_rank or pe_size)
         k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        k = torch.cat((k, key.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
+        k = torch.cat((k, k_pe.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
         v = F.pad(v, (0, self.pe_size))  # fused kernels want v as wide as k
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1)
@@ -224,18 +224,18 @@ def load_folder(config, chars=None):
         if os.path.exists(os.path.join(config.data, name)):
             with open(os.path.join(config.data, name), "rb") as file:
                 itos = PlainUnpickler(file).load()["itos"]
-            strings = [itos[i] for i in range(len(itos))]
+            strings = [str(itos[i]) for i in range(len(itos))]
+        if strings != (chars or strings):
+            raise ValueError("the model has another vocabulary")
         for name in ("train.bin", "val.bin"):
             with open(os.path.join(config.data, name), "rb") as file:
                 while chunk := file.read(2**24):  # 16 MiB
                     crc32, largest = zlib.crc32(chunk, crc32), max(largest, np.frombuffer(chunk, "<u2").max())
             splits.append(np.memmap(os.path.join(config.data, name), "<u2", "r"))
+            if largest >= len(strings):
+                raise ValueError(f"there is a token {largest}, the vocabulary ends at {len(strings) - 1}")
             if len(splits[-1]) <= config.block_size:
                 raise ValueError(f"it has to be longer than --block_size {config.block_size}")
-        if largest >= len(strings):
-            raise ValueError(f"there is a token {largest}, the vocabulary ends at {len(strings) - 1}")
-        if strings != (chars or strings):
-            raise ValueError("the model has another vocabulary")
     except Exception as error:  # of any type, from a damaged meta.pkl
         fail(f"--data {config.data}: {name}: {error or type(error).__name__}")
     return *splits, strings, crc32
@@ -334,9 +334,9 @@ def parse_args(argv=None):
         pairs = zip(preset[::2], preset[1::2])
         preset = TINY.split() * args.tiny + [word for pair in pairs if pair[0][2:] in shape for word in pair]
     args, saved = parser.parse_args(preset + argv), parser.parse_args(preset)  # the last of a flag wins
-    for name in shape * bool(file):
+    for name in (shape + ["optimizer"] * bool(args.resume)) * bool(file):
         if vars(args)[name] != vars(saved)[name]:
-            parser.error(f"--{name} {vars(args)[name]}: the model in {file} has {vars(saved)[name]}")
+            parser.error(f"--{name} {vars(args)[name]}: the run in {file} has {vars(saved)[name]}")
     for kind, of, name, default in (("gqa", args.attn, "n_kv_head", max(1, args.n_head // 2)),
                                     ("mla", args.attn, "kv_rank", max(1, args.n_embd // 2)),
                                     ("vq", args.mlp, "codebook", 512)):

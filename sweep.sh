@@ -4,11 +4,11 @@
 usage="usage: [JOBS=n] [SAVE=dir] bash sweep.sh [--tiny] [--dry-run] [--csv FILE] [-- FLAGS FOR EVERY RUN]"
 here=$(cd "$(dirname "$0")" && pwd)
 [ -f "$here/gpt.py" ] || here=${SLURM_SUBMIT_DIR:-$here} # sbatch runs a copy of this file
-csv=$here/results/sweep.csv widths="384 768" depths="6 8 12" own=(--data "$here/input.txt") dry_run=""
+csv=$here/results/sweep.csv widths="384 768" depths="6 8 12" preset=(--data "$here/input.txt") dry_run=""
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --tiny) widths="96 192" depths="3 4 6" # 1/32 of the text and of the parameters, as many epochs
-                own=(--data "$here/results/laptop.txt" --batch_size 16 --block_size 64 --max_iters 2400
+                preset=(--data "$here/results/laptop.txt" --batch_size 16 --block_size 64 --max_iters 2400
                      --eval_interval 300 --eval_iters 30 --learning_rate 1e-3) ;;
         --dry-run) dry_run=yes ;;
         --csv) shift; csv=${1:-} ;;
@@ -29,7 +29,7 @@ runs=$(
 
 # Prints the number of runs at once, the GPUs, and a line for each run to do; or one error, before any run.
 plan=$(here=$here csv=$csv runs=$runs dry_run=$dry_run PYTHONPATH=$here python3 - \
-    "${own[@]}" --sample_chars 0 "$@" <<'EOF'
+    "${preset[@]}" --sample_chars 0 "$@" <<'EOF'
 import contextlib, csv, gpt, importlib, io, os, shlex, sys, torch, zlib
 env, flags, runs = os.environ, sys.argv[1:], os.environ["runs"].splitlines()
 sys.argv[0] = "sweep.sh"  # in error messages
