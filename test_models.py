@@ -3,7 +3,7 @@
     python -m pytest                  all of them, three minutes on two cores
     python -m pytest -m "not slow"    the quick ones
 """
-import csv, difflib, functools, hashlib, importlib.util, io, itertools, math, multiprocessing, os, pickle
+import csv, difflib, functools, importlib.util, io, itertools, math, multiprocessing, os, pickle
 import random, re, resource, shlex, shutil, signal, subprocess, sys, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is tested is too small for
 import hypothesis, pytest, torch
 from hypothesis import strategies as some
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench, gpt, gpt_v2, gpt_v3
@@ -28,7 +29,8 @@ QUICK = """--batch_size 4 --block_size 8 --n_embd 16 --n_head 2 --n_layer 2 --ma
     --eval_iters 2 --sample_chars 20 --device cpu"""  # a run of a moment
 
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to declare them in
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*[Uu]npickler", "ignore:.*non-tuple")
+pytestmark = pytest.mark.filterwarnings(*(
+    f"ignore:.*{word}" for word in ("torch.jit", "[Uu]npickler", "non-tuple", "autocast")))
 slow = pytest.mark.slow  # more than a few seconds
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 name_of = lambda value: getattr(value, "__name__", str(value))
@@ -142,8 +144,7 @@ def sections(name):
     return dict(zip(["", *parts[1::2]], parts[::2]))
 
 def test_the_text_is_tiny_shakespeare():
-    digest = hashlib.sha256((ROOT / "input.txt").read_bytes()).hexdigest()
-    assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert zlib.crc32((ROOT / "input.txt").read_bytes()) == 3747689809
     assert (ROOT / "results/laptop.txt").read_bytes() == (ROOT / "input.txt").read_bytes()[:32768]
 
 def test_the_scripts_have_the_same_sections_and_gpt_v2_differs_in_docstring_and_model_by_at_most_24_lines():
@@ -197,12 +198,9 @@ def tokens(*shape):
 def test_gpt_and_gpt_v2_are_the_same_function_of_the_same_weights():
     one, two, x = make(gpt), make(gpt_v2, seed=1), tokens(3, 12)
     two.load_state_dict(one.state_dict())
-    one.load_state_dict(two.state_dict())
-    for model in (one, two):
-        model(x, x.flip(0))[1].backward()
     torch.testing.assert_close(one(x)[0], two(x)[0])
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(*(torch.autograd.grad(model(x, x.flip(0))[1], [*model.parameters()])
+                                 for model in (one, two)))
 
 @pytest.mark.parametrize("attn,kv_heads", [("mha", 4), ("gqa", 2), ("mqa", 1)])
 @each_encoding
@@ -277,8 +275,7 @@ def test_initial_weights_and_loss(script):
             assert torch.all(p == 0), name
         elif "ln" not in name:
             assert abs(p.std() - 0.02) < 2e-3 and abs(p.mean()) < 2e-3, name
-    x = torch.randint(65, (4, 64))
-    assert abs(model(x, x.flip(0))[1].item() - math.log(65)) < 0.1
+    assert abs(model(x := torch.randint(65, (4, 64)), x.flip(0))[1].item() - math.log(65)) < 0.1
     assert (model.lm_head.bias is None) == (script is gpt_v3)
 
 def test_the_weights_of_gpt_v3_keep_their_names_and_only_randn_saves_a_table():
@@ -293,16 +290,10 @@ def test_the_weights_of_gpt_v3_keep_their_names_and_only_randn_saves_a_table():
         assert [name for name, _ in model.named_parameters()] == weights  # no table is trained
 
 @each_script
-def test_one_batch_can_be_learnt_by_heart(script):
-    model = make(script, pe="rope", pe_at="qk").float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    x, y = tokens(4, 12), tokens(5, 12)[1:]
-    for _ in range(120):
-        _, loss = model(x, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.02
+def test_the_alphabet_is_learnt_by_heart(script):
+    Path("input.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)
+    good(script, QUICK, "--max_iters 150 --eval_interval 150 --learning_rate 1e-2 --dropout 0 --csv r.csv")
+    assert float(rows("r.csv")[0]["val_loss"]) < 0.02
 
 @each_encoding
 @pytest.mark.parametrize("attn,mlp", KINDS)
@@ -393,20 +384,9 @@ def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_back
     assert max(map(abs, means)) < 5 / math.sqrt(7 / 8 * masks[0].numel())
 
 # --- Evaluation ------------------------------------------------------------------------------------------
-@each_script
-def test_evaluation_is_of_evenly_spaced_windows_from_the_first_to_the_last(script):
-    config, seen = script.parse_args(words(QUICK, "--eval_iters 5")), []
-    model = script.GPT(config, 1000)
-    model.forward = lambda x, y: seen.append((x, y)) or (None, torch.zeros(()))
-    script.estimate_loss(model, torch.arange(1000), config)
-    x, y = (torch.cat(parts) for parts in zip(*seen))
-    apart = x[:, 0].diff()
-    assert torch.equal(x, x[:, :1] + torch.arange(8)) and torch.equal(y, x + 1) and len(x) == 20
-    assert x[0, 0] == 0 and y[-1, -1] == 999 and apart.max() - apart.min() <= 1
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @each_script
-def test_evaluation_repeats_itself_leaves_training_alone_and_is_the_mean_loss(script, dropout):
+def test_evaluation_repeats_itself_leaves_training_alone_and_is_the_mean_of_spaced_windows(script, dropout):
     config, data = script.parse_args(words(QUICK)), tokens(500)
     model = make(script, dropout=dropout, block_size=8)
     first, state = script.estimate_loss(model, data, config), torch.get_rng_state()
@@ -417,7 +397,7 @@ def test_evaluation_repeats_itself_leaves_training_alone_and_is_the_mean_loss(sc
         assert script.estimate_loss(model, data, config) == first
     model.eval()
     by_hand = [F.cross_entropy(model(data[None, at:at + 8])[0][0], data[at + 1:at + 9]).item()
-               for at in (i * 491 // 7 for i in range(8))]
+               for at in (i * 491 // 7 for i in range(8))]  # the first and the last window are in it
     assert first == pytest.approx(sum(by_hand) / 8, abs=1e-6)
 
 @each_script
@@ -435,14 +415,13 @@ def test_compiling_changes_no_loss_and_no_name_in_two_graphs(script, flags, back
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     counters = torch._dynamo.utils.counters
     counters.clear()
-    one, two = (train(script, "--dropout 0 --dtype float32 --csv r.csv", flags, how).state_dict()
+    one, two = (dict(train(script, "--dropout 0 --dtype float32 --csv r.csv", flags, how).state_dict())
                 for how in ("--no-compile", "--compile"))
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert list(one) == list(two) and capsys.readouterr().err == ""  # no warning
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
-    for name in ("train_loss", "val_loss", "best_val_loss"):
-        assert float(rows("r.csv")[0][name]) == pytest.approx(float(rows("r.csv")[1][name]), abs=1e-5)
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    eager, compiled = (float(row["val_loss"]) for row in rows("r.csv"))
+    assert eager == pytest.approx(compiled, abs=1e-5)
 
 @slow
 @beside
@@ -450,11 +429,6 @@ def test_without_a_compiler_the_run_goes_on_after_one_line(folder):
     env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": folder / "cache"}
     status, out, err = end(start(folder, ROOT / "gpt_v3.py", QUICK, "--n_layer 1 --compile", env=env))
     assert status == 0 and re.fullmatch("warning: going on without --compile: .*\n", err) and "final: " in out
-
-def test_grad_accum_equals_the_larger_batch():
-    one, two = (train(gpt_v3, "--dtype float32 --dropout 0 --batch_size 8 --grad_accum", n) for n in (1, 4))
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 def test_the_learning_rate_warms_up_and_decays():
     config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
@@ -696,11 +670,6 @@ def same_run(a, b):
             and {*map(tuple, losses(f"{a}.csv"))} == {*map(tuple, losses(f"{b}.csv"))})
 
 @pytest.fixture
-def whole():
-    """A run that nothing interrupts: whole.pt, whole.csv."""
-    good(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
-
-@pytest.fixture
 def saved():
     """The file of a small run, run.pt -> its bytes."""
     good(gpt_v3, QUICK, "--save run.pt --n_layer 1")
@@ -724,7 +693,8 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not():
         assert same_run(name, "whole")
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not(number, status, whole):
+def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not(number, status):
+    good(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
     kill = Output("step 10", lambda: os.kill(os.getpid(), number))
     result = call(gpt_v3, RUN, "--save cut.pt --csv cut.csv", out=kill)
     assert refused(result, "stopped", "--resume cut.pt", status=status)
@@ -735,7 +705,8 @@ def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not
     result = call(gpt_v3, RUN, out=kill)
     assert refused(result, "stopped", status=status) and "--resume" not in result[2]
 
-def test_a_save_that_finds_no_room_costs_a_warning_and_keeps_the_last_one(whole):
+def test_a_save_that_finds_no_room_costs_a_warning_and_keeps_the_last_one():
+    good(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
     def work():
         full = Output("step 10", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
         status, out, err = call(gpt_v3, RUN, "--save cut.pt", out=full)
@@ -792,10 +763,9 @@ def test_generate_is_deterministic_where_it_has_to_be_and_writes_a_character_at_
     assert refused(unknown, "--prompt", "€") and len(unknown[2]) < 100
 
 def test_several_texts_are_written_at_once(saved):
-    use = "--generate run.pt --sample_chars 30 --prompt ROMEO: --device cpu --num_samples"
-    texts = good(gpt_v3, use, 3).split("\n" + "-" * 20 + "\n")
-    assert len(texts) == 4 and texts.pop() == "" and len(set(texts)) == 3
-    assert all(text.startswith("ROMEO:") and len(text) == 36 for text in texts)
+    use = "--generate run.pt --sample_chars 30 --prompt ROMEO: --device cpu --num_samples 3"
+    *texts, rest = good(gpt_v3, use).split("\n" + "-" * 20 + "\n")
+    assert rest == "" and [re.match("ROMEO:", text) and len(text) for text in texts] == [36] * 3
 
 def test_finetuning_starts_anew_from_the_weights_and_the_characters_of_a_saved_model(saved):
     Path("backwards.txt").write_text(TEXT[::-1])
@@ -879,8 +849,8 @@ def test_two_processes_equal_one_and_save_at_a_signal_what_one_goes_on_with(fold
         good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu --max_iters", step + 3)
         assert load("cut.pt")["step"] == step + 3 and len(rows("cut.csv")) == len(rows("two.csv")) == 1
         good(gpt_v3, GLOO, "--save one.pt")
-        for a, b in zip(load("one.pt")["model"].values(), load("two.pt")["model"].values(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+        one, two = (dict(load(f"{name}.pt")["model"]) for name in ("one", "two"))
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
     return go_on
 
 # --- The sweep -------------------------------------------------------------------------------------------
@@ -1111,8 +1081,7 @@ def test_every_contender_that_runs_agrees_with_the_manual_one(device, dtype, dro
         *["SDPA efficient"] * (device == "cuda"), *["Triton, this file"] * kernel}
 
 def test_peak_memory_is_what_a_call_holds_at_most():
-    kept = torch.empty(1 << 20)
-    call = lambda: [kept.add_(1), torch.empty(3 << 18).numel(), torch.empty(1 << 18), torch.empty(1 << 18)]
+    call = lambda: [torch.empty(3 << 18).numel(), torch.empty(1 << 18), torch.empty(1 << 18)]
     assert bench.peak_mib(call, "cpu") == 3  # MiB, of floats that are freed at once
 
 def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
@@ -1131,13 +1100,44 @@ def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
     assert "wrong: the error is" in notes["wrong, forward"] and "non-zero dropout" in notes["flash, forward"]
     assert len(rows("a.csv")) == 16 and Path("a.png").read_bytes().startswith(b"\x89PNG")
 
-def test_a_step_is_timed_on_every_rung_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", False)  # of which it makes True
-    _, out, _ = call(bench, SMALL, "--step --device cpu --dtype bfloat16 --plot s.png")
+class OnTheCPU(TorchFunctionMode):
+    """Tensors that are asked for on cuda are made on the CPU."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        here = lambda x: "cpu" if isinstance(x, (str, torch.device)) and str(x) == "cuda" else x
+        return function(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
+
+GRAPH = """Stream CUDAGraph current_stream Stream.wait_stream stream stream.__enter__ step step step
+    stream.__exit__ CUDAGraph.register_generator_state graph graph.__enter__ step graph.__exit__""".split()
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_is_timed_on_every_rung_up_to_a_cuda_graph(device, monkeypatch):
+    """Without a GPU: what CUDA is asked for is noted, not done."""
+    cuda, adamw, generator = mock.MagicMock(), torch.optim.AdamW, torch.Generator
+    cuda.is_available.return_value, cuda.CUDAGraph().replay.return_value = True, None
+    cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 0, 2**20
+    cuda.reset_mock()  # of calls
+    def optimizer(weights, lr, **flags):
+        cuda.AdamW(flags)
+        (made := adamw(weights, lr)).register_step_post_hook(lambda *_: cuda.step())
+        return made
+    for place, name, fake in [
+            (torch, "cuda", cuda), (torch, "Generator", lambda device: generator()),
+            (torch.optim, "AdamW", optimizer), (bench, "matmul_tflops", lambda *_: 1.0),
+            (torch.nn.Module, "compile", lambda self: cuda.compile(type(self).__name__)),
+            (bench, "clock", lambda call, device: [1.0, call()][:1])]:
+        monkeypatch.setattr(place, name, fake)
+    with OnTheCPU(), torch.compiler.config.patch(force_disable_caches=False):
+        _, out, _ = call(bench, SMALL, "--step --dtype bfloat16 --plot s.png --device", device)
+    rungs, blocks = list(bench.RUNGS)[:4 if device == "cpu" else 6], ["compile('Block')"] * 2
     cases = [(row["contender"], row["case"]) for row in rows("a.csv") if float(row["ms"]) > 0]
-    assert cases == list(itertools.product(("gpt", "gpt_v2", "gpt_v3"), list(bench.RUNGS)[:4]))
-    assert "| gpt | gpt_v2 | gpt_v3 |" in out and Path("s.png").exists()
+    assert cases == list(itertools.product(("gpt", "gpt_v2", "gpt_v3"), rungs))
+    assert "| gpt | gpt_v2 | gpt_v3 |" in out and Path("s.png").exists() and not cuda.set_device.called
+    expected = [[[], [], blocks, blocks, ["compile('GPT')"], blocks][i] + [
+        f"AdamW({dict(capturable=i == 5, fused=i > 2 or None)})", "step", "step"] for i in range(len(rungs))]
+    timed = ["step"] * min(len(rungs), 5) + ["CUDAGraph.replay"] * (device == "cuda")
+    noted = [re.sub(r"^call\.|\(<.*>\)|\(None.*\)|\(\)", "", str(each)) for each in cuda.mock_calls]
+    noted = [each for each in noted if re.match("comp|Adam|step|(current_)?[Ss]tream|(CUDAG|g)raph", each)]
+    assert noted == (sum(expected, []) + GRAPH * (device == "cuda")) * 3 + timed * 3
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @each_script
