@@ -64,9 +64,8 @@ class CausalSelfAttention(nn.Module):
         if self.pe:
             q, k = self.pe(q, start), self.pe(k, start)  # (B, nh, T, hs), like v, or fewer heads in k and v
         k, v = remember(cache, start, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1,
-                                           enable_gqa=self.heads[1] < self.heads[0])
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training,
+                                           is_causal=x.shape[1] > 1, enable_gqa=self.heads[1] < self.heads[0])
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # heads side by side
 
 class LatentAttention(nn.Module):
@@ -88,16 +87,22 @@ class LatentAttention(nn.Module):
 
     def forward(self, x, start=0, cache=None):
         q = self.c_q(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs + pe_size)
+        q, q_pe = q.split([self.head_size, self.pe_size], dim=-1)
         latent, k_pe = self.c_latent(x).split([self.c_kv.in_features, self.pe_size], dim=-1)
         if self.pe:
-            q, q_pe = q.split([self.head_size, self.pe_size], dim=-1)
-            q, k_pe = torch.cat((q, self.pe(q_pe, start)), dim=-1), self.pe(k_pe, start)
+            q_pe, k_pe = self.pe(q_pe, start), self.pe(k_pe, start)
         latent, k_pe = remember(cache, start, self.ln_latent(latent), k_pe)  # (B, T, kv_rank or pe_size)
-        k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        k = torch.cat((k, k_pe.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
-        v = F.pad(v, (0, self.pe_size))  # fused kernels want v as wide as k
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1)
+        how = dict(dropout_p=self.dropout * self.training, scale=(self.head_size + self.pe_size) ** -0.5)
+        if x.shape[1] == 1:  # c_kv meets the one query and what it finds, not all the latents
+            to_k, to_v = self.c_kv.weight.unflatten(0, (2, self.n_head, -1))  # (nh, hs, kv_rank)
+            q = torch.cat((q @ to_k, q_pe), dim=-1).squeeze(2)  # (B, nh, kv_rank + pe_size): heads as tokens
+            k = torch.cat((latent, k_pe), dim=-1)  # (B, T, kv_rank + pe_size)
+            y = F.scaled_dot_product_attention(q, k, latent, **how).unsqueeze(2) @ to_v.mT  # (B, nh, 1, hs)
+        else:
+            k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+            k = torch.cat((k, k_pe.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
+            q, v = torch.cat((q, q_pe), dim=-1), F.pad(v, (0, self.pe_size))  # fused kernels want one width
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
         return self.resid_dropout(self.c_proj(y[..., :self.head_size].transpose(1, 2).flatten(2)))
 
 class MLP(nn.Module):
@@ -146,8 +151,8 @@ class GPT(nn.Module):
         super().__init__()
         torch.backends.cuda.enable_cudnn_sdp(False)  # on a GPU, the same kernel for training and evaluation
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a kernel, still in bfloat16
-        slow = (config.device, config.dtype) == ("cpu", "bfloat16") and config.block_size <= 512
-        torch.backends.cuda.enable_flash_sdp(not slow)
+        torch.backends.cuda.enable_flash_sdp(  # it is slow there for short sequences
+            (config.device, config.dtype) != ("cpu", "bfloat16") or config.block_size > 512)
         self.block_size = config.block_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.pe = config.pe_at == "input" and PositionalEncoding(config, config.n_embd)
@@ -164,8 +169,7 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, vocab_size), and with targets the loss in nats a token.
         idx begins at position start; cache, a list for each block, holds what it needs of earlier tokens."""
         x = self.wte(idx)  # (B, T, C)
-        if self.pe:
-            x = self.pe(x, start)
+        x = self.pe(x, start) if self.pe else x
         for i, block in enumerate(self.blocks):
             x = block(x, start, cache and cache[i])
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
@@ -266,9 +270,9 @@ def estimate_loss(model, data, config, attention_dropout=False):
     return round(torch.stack(losses).mean().item(), 6)
 
 # --- Flags -----------------------------------------------------------------------------------------------
-TINY = ("--batch_size 16 --block_size 96 --max_iters 2100 --eval_interval 700 --eval_iters 100 "
-        "--learning_rate 1.2e-2 --n_embd 128 --n_head 4 --n_layer 2 --dropout 0 --warmup_iters 100 "
-        "--min_lr 1e-4 --weight_decay 0.1 --beta2 0.99")
+TINY = ("--batch_size 8 --block_size 192 --max_iters 1500 --eval_interval 750 --eval_iters 75 "
+        "--learning_rate 5e-3 --n_embd 128 --n_head 4 --n_layer 2 --dropout 0 --optimizer muon "
+        "--warmup_iters 100 --min_lr 5e-5 --weight_decay 0.5 --beta2 0.99")
 
 def fail(message, status=2):
     """End the program with one line on standard error; status 2 asks for other flags or another file."""
@@ -410,15 +414,13 @@ def learning_rate(step, config):
     return warm * (low + (config.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2)
 
 def make_optimizers(model, config):
-    """AdamW, or Muon (Jordan et al. 2024) on the blocks' matrices and AdamW without decay on the rest."""
+    """AdamW, or AdamW without decay beside Muon (Jordan et al. 2024), which is for the blocks' matrices."""
+    rate, decay = config.learning_rate, config.weight_decay
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    rate, decay = config.learning_rate, config.weight_decay
-    optimizers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, config.beta2), fused=True,
-                                    weight_decay=0.0 if matrices else decay)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    muon = [torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    adamw = torch.optim.AdamW(rest, rate, (0.9, config.beta2), weight_decay=decay * (not muon), fused=True)
+    return [adamw, *muon]
 
 def train(config):
     """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
@@ -463,8 +465,7 @@ def train(config):
     stops = []  # the signals that ask the loop to end after its iteration; a second one ends it at once
     stop = lambda number, frame: stops.append(number) or signal.signal(number, signal.SIG_DFL)
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    shown = time.perf_counter()
-    started = shown - train_s
+    started = (shown := time.perf_counter()) - train_s
     with contextlib.ExitStack() as undo:
         for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides for all
             undo.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN if rank else stop))
@@ -491,8 +492,7 @@ def train(config):
                     fail(f"stopped at step {step}" + f"; --resume {config.save} goes on" * bool(config.save),
                          128 + stops[0])
                 if evaluating:
-                    eval_s = time.perf_counter() - shown
-                    started += eval_s  # an evaluation takes no training time
+                    started += (eval_s := time.perf_counter() - shown)  # which takes no training time
                 if step:
                     left, rate = config.max_iters - step, step / train_s
                     eta = round(left / rate + math.ceil(left / config.eval_interval) * eval_s)
@@ -511,9 +511,8 @@ def train(config):
                 (loss / config.grad_accum).backward()
             if config.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config)
+            for optimizer, times in zip(optimizers, (len(optimizers), 1)):  # AdamW, twice as fast beside Muon
+                optimizer.param_groups[0]["lr"] = times * learning_rate(step, config)
                 optimizer.step()
     log("final: train loss {:.4f}, val loss {:.4f} (best {:.4f} at step {})".format(
         *curve[step], curve[best][1], best), config)
