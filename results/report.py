@@ -116,17 +116,14 @@ def spearman(pairs):
     return None if flat else statistics.correlation(*ranks)
 
 # --- Findings --------------------------------------------------------------------------------------------
+WIDE = {"n_embd": 768}
 FINDINGS = [  # what was published of gpt_v3: a level has the lowest or the highest loss of its factor, where
-    ("n_embd", 768, "lowest", "train_loss", {}),
-    ("n_embd", 768, "highest", "val_loss", {}),
-    ("n_layer", 12, "lowest", "train_loss", {}),
-    ("n_layer", 12, "highest", "val_loss", {}),
-    ("pe_type", "sinpe", "lowest", "val_loss", {}),
-    ("pe_type", "rope", "lowest", "train_loss", {"n_embd": 768}),
-    ("pe_type", "rope", "highest", "val_loss", {"n_embd": 768}),
-    ("pe_type", "sinpe", "highest", "train_loss", {"n_embd": 768}),
-    ("pe_type", "randn", "lowest", "train_loss", {"n_embd": 768, "n_head": 12, "n_layer": 12}),
-    ("n_head", 12, "highest", "train_loss", {"n_embd": 768, "pe_type": "rope"})]
+    ("n_embd", 768, "lowest", "train_loss", {}), ("n_embd", 768, "highest", "val_loss", {}),
+    ("n_layer", 12, "lowest", "train_loss", {}), ("n_layer", 12, "highest", "val_loss", {}),
+    ("pe_type", "sinpe", "lowest", "val_loss", {}), ("pe_type", "sinpe", "highest", "train_loss", WIDE),
+    ("pe_type", "rope", "lowest", "train_loss", WIDE), ("pe_type", "rope", "highest", "val_loss", WIDE),
+    ("pe_type", "randn", "lowest", "train_loss", WIDE | {"n_head": 12, "n_layer": 12}),
+    ("n_head", 12, "highest", "train_loss", WIDE | {"pe_type": "rope"})]
 
 def findings(runs):
     """Every finding in pairs of losses: [(finding, column of the losses, [(a, b), a said to be lower])]."""
@@ -242,7 +239,7 @@ def runs_table(published, ours):
 
 def choices_table(published, ours):
     """What a flag of gpt_v3.py changes: rows of choices.csv that differ in the seed alone are one line."""
-    groups, rows, lines = defaultdict(list), read(CHOICES) if CHOICES.exists() else [], []
+    groups, rows, lines = defaultdict(list), read(CHOICES), []
     for row in rows:
         groups[tuple(item for item in row["flags"].items() if item[0] != "--seed")].append(row)
     usual = {name: Counter(row["flags"].get(name) for row in rows).most_common(1)[0][0]
@@ -250,10 +247,14 @@ def choices_table(published, ours):
     for flags, group in groups.items():
         other = " ".join(f"{name} {value}" for name, value in flags if value != usual[name])
         val, train, speed = (loss(group, name) for name in (*LOSSES, "ms_per_iter"))
+        run, flags = group[0]["run"], defaultdict(int, flags)
+        head = run.n_embd // run.n_head
+        kept = {"mha": 2 * run.n_embd, "gqa": 2 * head * int(flags["--n_kv_head"]), "mqa": 2 * head,
+                "mla": int(flags["--kv_rank"]) + head // 2 * (flags["--pe_at"] == "qk")}[flags["--attn"]]
         lines.append([f"`{other}`" if other else "nothing", len(group), val, train,
-                      f"{group[0]['params'] or 0:,.0f}", speed and f"{speed.mean:.1f}"])
+                      f"{group[0]['params']:,.0f}", speed and f"{speed.mean:.1f}", 2 * kept * run.n_layer])
     lines.sort(key=lambda line: line[2])
-    return markdown(["what differs", "seeds", *LOSSES.values(), "params", "ms/iter"], lines) if rows else ""
+    return markdown(["what differs", "seeds", *LOSSES.values(), "params", "ms/iter", "cache"], lines)
 
 TABLES = {"summary": summary_table, "prediction": prediction_table, "findings": findings_table,
           "comparisons": comparisons_table, "runs": runs_table, "choices": choices_table}
@@ -314,8 +315,6 @@ def curves_figure(published, ours):
     return titled(figure, title, curves, {"val loss": {"ls": "-", "marker": ""}, "lowest val loss": {},
                                           "train loss": {"ls": "--", "marker": ""}}, 2)
 
-FIGURES = {"losses": losses_figure, "curves": curves_figure}
-
 # --- Main ------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -332,8 +331,8 @@ def main():
         stale += [page] * (new[page] != old)
     sources = b"".join(path.read_bytes() for path in (args.csv, PUBLISHED, Path(__file__)))
     made_from, prefix = hashlib.sha256(sources).hexdigest(), "" if own else f"{args.csv.stem}_"
-    figures = {args.csv.with_name(f"{prefix}{name}.png"): figure for name, draw in FIGURES.items()
-               if ours and (figure := draw(published, ours))}
+    figures = {args.csv.with_name(f"{prefix}{name}.png"): figure for name, draw in (
+        ("losses", losses_figure), ("curves", curves_figure)) if ours and (figure := draw(published, ours))}
     stale += [path for path in figures if not path.exists() or made_from.encode() not in path.read_bytes()]
     if args.check:
         return fail(f"{stale[0]} is not what {args.csv} gives; report.py writes it", 1) if stale else None
