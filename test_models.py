@@ -972,9 +972,9 @@ def test_a_report_writes_both_pages_and_check_finds_each_difference(report):
     path = published("laptop.csv")
     assert call(report) == (0, "", f"{path.resolve()}: 45 of 56 runs\n")
     made = files("results") | files()
-    for page in (Path("README.md"), Path("results/README.md")):
-        assert re.fullmatch(r"top\n(?s:.*)end\n", page.read_text()) and "\nold\n" not in page.read_text()
-    assert call(report, "--check") == (0, "", "") and files("results") | files() == made
+    for text in (Path(page).read_text() for page in ("README.md", "results/README.md")):
+        assert re.fullmatch(r"top\n(?s:.*--attn mla .* [|] 320 [|]\n.*)end\n", text) and "\nold\n" not in text
+    assert call(report, "--check results/choices.csv") == (0, "", "") and files("results") | files() == made
     for changed in map(Path, ("README.md", "results/README.md", "results/losses.png", "results/curves.png")):
         changed.write_bytes(re.sub(rb"[0-9a-f]{64}|reproduced", b"", made[changed]))  # of a figure the hash
         assert refused(call(report, "--check"), f"{changed.resolve()} is not what ", status=1)

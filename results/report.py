@@ -322,8 +322,9 @@ def main():
     parser.add_argument("csv", type=Path, nargs="?", default=LAPTOP, help="a CSV of sweep.sh")
     parser.add_argument("--check", action="store_true", help="write nothing, status 1 if something differs")
     args = parser.parse_args()
+    own = args.csv.resolve() in (LAPTOP, CHOICES)  # the two that the pages are about
+    args.csv = LAPTOP if own else args.csv
     published, ours, new, stale = sweep(PUBLISHED), sweep(args.csv), {}, []
-    own = args.csv.resolve() == LAPTOP  # the one that the pages are about
     for page in (*HERE.glob("README.md"), *HERE.parent.glob("README.md")) if own else ():
         old = page.read_text(encoding="utf-8")
         new[page] = re.sub(r"(<!-- report (\w+) -->\n).*?(<!-- /report -->)", lambda block: (
