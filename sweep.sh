@@ -7,9 +7,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 csv=$here/results/sweep.csv widths="384 768" depths="6 8 12" preset=(--data "$here/input.txt") dry_run=""
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
-        --tiny) widths="96 192" depths="3 4 6" # 1/32 of the text and of the parameters, as many epochs
-                preset=(--data "$here/results/laptop.txt" --batch_size 16 --block_size 64 --max_iters 2400
-                     --eval_interval 300 --eval_iters 30 --learning_rate 1e-3) ;;
+        --tiny) widths="96 192" depths="3 4 6" # text, batch and parameters are 1/32 of the published
+                preset=(--data "$here/results/laptop.txt" --batch_size 8 --block_size 64 --max_iters 5000
+                     --eval_interval 500 --eval_iters 60 --learning_rate 1e-3) ;;
         --dry-run) dry_run=yes ;;
         --csv) shift; csv=${1:-} ;;
         *) csv="" ;;
