@@ -72,7 +72,7 @@ for place, (name, command) in enumerate(todo.items()):
 EOF
 ) || exit 2
 { read -r jobs; read -r gpus; todo=$(cat); } <<< "$plan"
-[ -z "$dry_run" ] || { cut -f 3 <<< "$todo"; exit; }
+[ -z "$dry_run" ] || { printf %s "$todo" | cut -f 3; exit; }
 [ -n "$todo" ] || { echo "nothing to do: the rows are in $csv"; exit; }
 run() { # a line of the plan
     IFS=$'\t' read -r place name command <<< "$1"

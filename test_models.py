@@ -860,8 +860,7 @@ SAME = """--n_layer 1 --n_head 2 --n_embd 16 --batch_size 2 --block_size 8 --max
 def sweep(folder, *flags, script=ROOT / "sweep.sh", env=()):
     """Start sweep.sh in a process group of its own, python3 being the one that runs the tests."""
     env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **dict(env)}
-    unset = re.compile("SLURM|OMP|CUDA|JOBS|SAVE|PATH")
-    env |= {name: os.environ[name] for name in os.environ if not unset.match(name)}
+    env |= {key: os.environ[key] for key in os.environ if not re.match("SLURM|OMP|CUDA|JOBS|SAVE|PATH", key)}
     return subprocess.Popen(
         ["bash", script, *words(*flags)], env=env, cwd=folder, start_new_session=True, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -879,6 +878,7 @@ def test_the_sweep_is_the_56_runs_of_the_experiment_less_what_a_flag_leaves_out(
         assert status == 0 and re.fullmatch("(leaving out 2 runs: .*--pe_at.*\n)?", err)
         assert sorted(re.findall(pattern, out)) == expected and len(expected) == out.count("\n")
     assert not (folder / "new.csv").exists()
+    assert end(sweep(folder, f"--tiny --dry-run --csv {ROOT}/results/laptop.csv -- --dtype bfloat16")) == (0, "", "")
 
 @beside
 def test_what_is_wrong_with_a_sweep_is_said_in_one_line_before_any_run(folder):
