@@ -1,15 +1,15 @@
 """Changes from gpt_v2.py: one projection (with bias) and one batch for all heads (CausalSelfAttention, as in
-makemore), GELU for ReLU, positional encodings (--pe, --pe_at), no bias in lm_head, a learning rate schedule.
-Other attention (--attn), a codebook for the MLP (--mlp), Muon (--optimizer), other data: each is a flag away.
-A run can be saved, resumed, finetuned (--init_from), sampled (--generate) and spread over GPUs (torchrun).
+makemore), GELU instead of ReLU, positional encodings (--pe, --pe_at), and no bias in lm_head. Other kinds of
+attention (--attn), a codebook instead of the MLP (--mlp), Muon (--optimizer), a learning rate schedule and
+other data are one flag each. A run can be saved, resumed, finetuned, sampled and spread over GPUs.
 
-    python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny it is a model for a GPU
+    python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny, the model is one for a GPU
 """
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "numpy"]
 # ///
-import argparse, contextlib, csv, io, math, os, pickle, shlex, signal, sys, time, zlib
+import argparse, contextlib, csv, io, math, os, pickle, shlex, shutil, signal, sys, time, zlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -17,96 +17,147 @@ from torch.nn import functional as F
 
 # --- Model -----------------------------------------------------------------------------------------------
 class PositionalEncoding(nn.Module):
-    """Tells x (..., T, dim) its positions -> (..., T, dim). randn adds 0.02 N(0, 1), drawn once; sinpe adds
-    sines and cosines of t 10000^(-2i/dim) to the channels 2i and 2i+1 (Vaswani et al. 2017); rope turns this
-    pair of channels by that angle (Su et al. 2021)."""
+    """Encodes the positions of x (..., T, dim), which begins at position start -> (..., T, dim).
+    randn adds 0.02 N(0, 1), drawn once and never trained; sinpe adds the sine and cosine of t 10000^(-2i/dim)
+    to channels 2i and 2i+1 (Vaswani et al. 2017); rope rotates this pair by that angle (Su et al. 2021)."""
     def __init__(self, config, dim):
         super().__init__()
         self.pe = config.pe
-        angle = torch.arange(config.block_size)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-        sin, cos = angle.sin(), angle.cos()  # (block_size, dim/2)
-        pairs = lambda a, b: torch.stack((a, b), dim=-1).flatten(-2)
-        if self.pe == "rope":
-            self.register_buffer("cos", pairs(cos, cos), persistent=False)
-            self.register_buffer("sin", pairs(-sin, sin), persistent=False)
+        frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # (dim/2,)
+        angles = torch.arange(config.block_size)[:, None] * frequencies  # (block_size, dim/2)
+        sin = angles.sin()
+        cos = angles.cos()
+        if self.pe == "randn":
+            self.register_buffer("table", 0.02 * torch.randn(config.block_size, dim))
+        elif self.pe == "sinpe":
+            self.register_buffer("table", interleave(sin, cos), persistent=False)
         else:
-            table = pairs(sin, cos) if self.pe == "sinpe" else 0.02 * torch.randn(config.block_size, dim)
-            self.register_buffer("table", table, persistent=self.pe == "randn")
+            self.register_buffer("cos", interleave(cos, cos), persistent=False)
+            self.register_buffer("sin", interleave(-sin, sin), persistent=False)
 
     def forward(self, x, start=0):
-        at = slice(start, start + x.shape[-2])
+        end = start + x.shape[-2]
         if self.pe != "rope":
-            return x + self.table[at].type_as(x)
+            return x + self.table[start:end].type_as(x)
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # channels 1, 0, 3, 2, ...
-        return (x * self.cos[at] + swapped * self.sin[at]).type_as(x)
+        return (x * self.cos[start:end] + swapped * self.sin[start:end]).type_as(x)
 
-def remember(cache, start, *new):
-    """The new keys and values (B, ..., T, dim), with a cache behind those of the positions before start."""
-    if cache is not None:
-        new = cache[:] = [torch.cat(pair, dim=-2) for pair in zip(cache, new)] if start else list(new)
-    return new
+def interleave(a, b):
+    """a (T, dim/2) in the even channels and b (T, dim/2) in the odd ones -> (T, dim)."""
+    return torch.stack((a, b), dim=-1).flatten(-2)
+
+class Cache:
+    """What attention has to remember of the tokens so far: model(idx, cache=cache) continues them."""
+    def __init__(self):
+        self.length = 0  # tokens so far
+        self.tensors = {}  # of each attention layer: keys and values, or latents, as (..., length, dim)
+
+    def update(self, layer, *new):
+        """Append the tensors of new tokens to those of layer -> all of them."""
+        if layer in self.tensors:
+            new = [torch.cat(pair, dim=-2) for pair in zip(self.tensors[layer], new)]
+        self.tensors[layer] = new
+        return new
+
+def attend(q, k, v, dropout):
+    """Causal attention of q (B, nh, T, hs) to k and v (B, nh or fewer, S, hs) -> (B, nh, T, hs).
+    The T queries are the last of the S tokens: with a cache, S is larger than T."""
+    T = q.shape[2]
+    S = k.shape[2]
+    mask = None
+    if 1 < T < S:  # SDPA's is_causal would take the queries for the first tokens
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S,
+                                          enable_gqa=k.shape[1] < q.shape[1])
 
 class CausalSelfAttention(nn.Module):
     """Causal self-attention, all heads in one batch: (B, T, C) -> (B, T, C). Keys and values have as many
-    heads as queries (mha), one (mqa, Shazeer 2019), or n_kv_head of them (gqa, Ainslie et al. 2023)."""
+    heads as queries (mha), one (mqa, Shazeer 2019), or n_kv_head (gqa, Ainslie et al. 2023)."""
     def __init__(self, config):
         super().__init__()
-        n_kv_head = {"mha": config.n_head, "mqa": 1}.get(config.attn, config.n_kv_head)
-        self.heads, self.dropout = [config.n_head, n_kv_head, n_kv_head], config.dropout
+        n_kv_head = config.n_head
+        if config.attn == "mqa":
+            n_kv_head = 1
+        elif config.attn == "gqa":
+            n_kv_head = config.n_kv_head or max(1, config.n_head // 2)
+        self.heads = [config.n_head, n_kv_head, n_kv_head]  # of q, k and v
         self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_size)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.pe = config.pe_at == "qk" and PositionalEncoding(config, self.head_size)
+        self.pe = PositionalEncoding(config, self.head_size) if config.pe_at == "qk" else None
 
     def forward(self, x, start=0, cache=None):
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).split(self.heads, dim=1)
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, all heads, T, hs)
+        q, k, v = qkv.split(self.heads, dim=1)
         if self.pe:
-            q, k = self.pe(q, start), self.pe(k, start)  # (B, nh, T, hs), like v, or fewer heads in k and v
-        k, v = remember(cache, start, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training,
-                                           is_causal=x.shape[1] > 1, enable_gqa=self.heads[1] < self.heads[0])
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # heads side by side
+            q = self.pe(q, start)
+            k = self.pe(k, start)
+        if cache:
+            k, v = cache.update(self, k, v)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (mla, DeepSeek-V2, arXiv 2405.04434): (B, T, C) -> (B, T, C). Keys and
-    values of all heads come from a latent of kv_rank channels, and this is what is cached. At qk the encoding
-    has its own channels, half as many as a head: in each query, and in one decoupled key for all heads."""
+    values of all heads come from a latent of kv_rank channels per token, and only this is cached. At qk,
+    positions have channels of their own, half a head: in each query, and in one key that all heads share.
+    Unlike DeepSeek-V2, it normalizes latents by a LayerNorm and does not compress queries."""
     def __init__(self, config):
         super().__init__()
-        C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        C = config.n_embd
+        self.n_head = config.n_head
         self.head_size = C // config.n_head
+        self.kv_rank = config.kv_rank or max(1, C // 2)
         self.pe_size = self.head_size // 2 if config.pe_at == "qk" else 0
+        self.dropout = config.dropout
         self.c_q = nn.Linear(C, C + config.n_head * self.pe_size, bias=False)
-        self.c_latent = nn.Linear(C, config.kv_rank + self.pe_size, bias=False)
-        self.ln_latent = nn.LayerNorm(config.kv_rank)  # an RMSNorm there; nor are queries compressed here
-        self.c_kv = nn.Linear(config.kv_rank, 2 * C, bias=False)
+        self.c_latent = nn.Linear(C, self.kv_rank + self.pe_size, bias=False)
+        self.ln_latent = nn.LayerNorm(self.kv_rank)
+        self.c_kv = nn.Linear(self.kv_rank, 2 * C, bias=False)
         self.c_proj = nn.Linear(C, C)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.pe = self.pe_size and PositionalEncoding(config, self.pe_size)
+        self.pe = PositionalEncoding(config, self.pe_size) if config.pe_at == "qk" else None
 
     def forward(self, x, start=0, cache=None):
         q = self.c_q(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs + pe_size)
         q, q_pe = q.split([self.head_size, self.pe_size], dim=-1)
-        latent, k_pe = self.c_latent(x).split([self.c_kv.in_features, self.pe_size], dim=-1)
+        latent, k_pe = self.c_latent(x).split([self.kv_rank, self.pe_size], dim=-1)
+        latent = self.ln_latent(latent)  # (B, T, kv_rank)
         if self.pe:
-            q_pe, k_pe = self.pe(q_pe, start), self.pe(k_pe, start)
-        latent, k_pe = remember(cache, start, self.ln_latent(latent), k_pe)  # (B, T, kv_rank or pe_size)
-        how = dict(dropout_p=self.dropout * self.training, scale=(self.head_size + self.pe_size) ** -0.5)
-        if x.shape[1] == 1:  # c_kv meets the one query and what it finds, not all the latents
-            to_k, to_v = self.c_kv.weight.unflatten(0, (2, self.n_head, -1))  # (nh, hs, kv_rank)
-            q = torch.cat((q @ to_k, q_pe), dim=-1).squeeze(2)  # (B, nh, kv_rank + pe_size): heads as tokens
-            k = torch.cat((latent, k_pe), dim=-1)  # (B, T, kv_rank + pe_size)
-            y = F.scaled_dot_product_attention(q, k, latent, **how).unsqueeze(2) @ to_v.mT  # (B, nh, 1, hs)
+            q_pe = self.pe(q_pe, start)
+            k_pe = self.pe(k_pe, start)  # (B, T, pe_size)
+        if cache:
+            latent, k_pe = cache.update(self, latent, k_pe)
+        if cache and x.shape[1] == 1:
+            y = self.attend_to_latents(q, q_pe, latent, k_pe)
         else:
-            k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-            k = torch.cat((k, k_pe.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
-            q, v = torch.cat((q, q_pe), dim=-1), F.pad(v, (0, self.pe_size))  # fused kernels want one width
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
-        return self.resid_dropout(self.c_proj(y[..., :self.head_size].transpose(1, 2).flatten(2)))
+            y = self.attend_to_heads(q, q_pe, latent, k_pe)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def attend_to_heads(self, q, q_pe, latent, k_pe):
+        """Expand the latents to the keys and values of every head -> (B, nh, T, hs)."""
+        k, v = self.c_kv(latent).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs)
+        k_pe = k_pe.unsqueeze(1).expand(-1, self.n_head, -1, -1)
+        k = torch.cat((k, k_pe), dim=-1)
+        q = torch.cat((q, q_pe), dim=-1)
+        v = F.pad(v, (0, self.pe_size))  # fused kernels want one width
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        return y[..., :self.head_size]
+
+    def attend_to_latents(self, q, q_pe, latent, k_pe):
+        """The same for one new token, without keys and values: c_kv is applied to its query and to the
+        latent it finds, not to all the latents -> (B, nh, 1, hs)."""
+        to_k, to_v = self.c_kv.weight.unflatten(0, (2, self.n_head, -1))  # (nh, hs, kv_rank)
+        q = torch.cat((q @ to_k, q_pe), dim=-1).squeeze(2)  # (B, nh, kv_rank + pe_size): heads as tokens
+        k = torch.cat((latent, k_pe), dim=-1)  # (B, S, kv_rank + pe_size)
+        scale = (self.head_size + self.pe_size) ** -0.5
+        y = F.scaled_dot_product_attention(q, k, latent, scale=scale)  # (B, nh, kv_rank)
+        return y.unsqueeze(2) @ to_v.mT
 
 class MLP(nn.Module):
-    """Two layers with GELU (tanh form) between, applied to each token by itself: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU (tanh form) in between, applied to each token: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -114,48 +165,51 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.dropout(self.c_proj(x))
 
 class VQ(nn.Module):
-    """Attention of each token to a learned codebook E in the MLP's place: (B, T, C) -> (B, T, C). In each
-    head it is softmax(x E^T / sqrt(hs)) E; a codebook has no time, so nothing is masked."""
+    """Attention of each token to a learned codebook E, instead of the MLP: (B, T, C) -> (B, T, C). A head
+    computes softmax(x E^T / sqrt(hs)) E; nothing is masked, since a codebook has no time."""
     def __init__(self, config):
         super().__init__()
-        size = config.n_head, config.codebook, config.n_embd // config.n_head
-        self.codebook = nn.Parameter(torch.randn(size))
+        self.n_head = config.n_head
+        self.codebook = nn.Parameter(torch.randn(self.n_head, config.codebook, config.n_embd // self.n_head))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        q = x.unflatten(-1, (len(self.codebook), -1)).transpose(1, 2)  # (B, nh, T, hs)
+        q = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
         codes = self.codebook.expand(len(x), -1, -1, -1)  # (B, nh, codebook, hs)
-        return self.dropout(F.scaled_dot_product_attention(q, codes, codes).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, codes, codes)  # (B, nh, T, hs)
+        return self.dropout(y.transpose(1, 2).flatten(2))
 
 class Block(nn.Module):
-    """Communication between tokens, then computation in each: (B, T, C) -> (B, T, C)."""
+    """Communication between the tokens, then computation on each: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = (LatentAttention if config.attn == "mla" else CausalSelfAttention)(config)
+        self.attn = LatentAttention(config) if config.attn == "mla" else CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = (VQ if config.mlp == "vq" else MLP)(config)
+        self.mlp = VQ(config) if config.mlp == "vq" else MLP(config)
 
     def forward(self, x, start=0, cache=None):
         x = x + self.attn(self.ln_1(x), start, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 class GPT(nn.Module):
-    """The language model; config has the flags n_embd to codebook, block_size, device and dtype."""
+    """The language model; config has the flags of the group model, device and dtype."""
     experiment = "gpt_v3"
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        torch.backends.cuda.enable_cudnn_sdp(False)  # on a GPU, the same kernel for training and evaluation
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a kernel, still in bfloat16
-        torch.backends.cuda.enable_flash_sdp(  # it is slow there for short sequences
-            (config.device, config.dtype) != ("cpu", "bfloat16") or config.block_size > 512)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # training and evaluation use the same kernel on a GPU
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a fused kernel, keep bfloat16
+        slow_flash = config.device == "cpu" and config.dtype == "bfloat16" and config.block_size <= 512
+        torch.backends.cuda.enable_flash_sdp(not slow_flash)
         self.block_size = config.block_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.pe = config.pe_at == "input" and PositionalEncoding(config, config.n_embd)
+        self.pe = PositionalEncoding(config, config.n_embd) if config.pe_at == "input" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
@@ -165,394 +219,594 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, start=0, cache=None):
-        """Token ids (B, T) -> logits (B, T, vocab_size), and with targets the loss in nats a token.
-        idx begins at position start; cache, a list for each block, holds what it needs of earlier tokens."""
+    def forward(self, idx, targets=None, cache=None):
+        """Token ids (B, T) -> logits (B, T, vocab_size) and, given targets, the loss in nats per token.
+        With a Cache, idx continues earlier calls. More than block_size tokens in all are a ValueError."""
+        start = cache.length if cache else 0
+        end = start + idx.shape[1]
+        if end > self.block_size:
+            raise ValueError(f"{end} tokens are more than the block_size of {self.block_size}")
         x = self.wte(idx)  # (B, T, C)
-        x = self.pe(x, start) if self.pe else x
-        for i, block in enumerate(self.blocks):
-            x = block(x, start, cache and cache[i])
+        if self.pe:
+            x = self.pe(x, start)
+        for block in self.blocks:
+            x = block(x, start, cache)
+        if cache:
+            cache.length = end
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T): yields max_new_tokens times the next tokens (B, 1)."""
-        start, cache = 0, [[] for _ in self.blocks]
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (B, T): yields the next tokens (B, 1), max_new_tokens times.
+        Past block_size tokens, it starts over from the last half of them."""
+        cache = Cache()
         for _ in range(max_new_tokens):
-            if idx.shape[1] > self.block_size:  # no position is left: begin anew, from the last half
-                idx, start = idx[:, -max(1, self.block_size // 2):], 0
-            logits, _ = self(idx[:, start:], start=start, cache=cache)
-            logits, start = logits[:, -1] / max(temperature, 1e-6), idx.shape[1]  # (B, vocab_size)
+            if idx.shape[1] > self.block_size:
+                idx = idx[:, -max(1, self.block_size // 2):]
+                cache = Cache()
+            logits, _ = self(idx[:, cache.length:], cache=cache)
+            logits = logits[:, -1] / max(temperature, 1e-6)  # (B, vocab_size), after the last token
             if top_k and top_k < logits.shape[-1]:
-                logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
-            token = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
-            idx = torch.cat((idx, token), dim=1)
-            yield token
+                smallest = logits.topk(top_k).values[:, -1:]
+                logits[logits < smallest] = float("-inf")
+            idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, idx_next), dim=1)
+            yield idx_next
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (B, T), all at once -> (B, T + max_new_tokens)."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
 # --- Data ------------------------------------------------------------------------------------------------
 def load_data(config, chars=None):
-    """The data -> token ids to train on (N,) and to validate on (M,), the string of each id, a CRC-32.
-    A text's tokens are its characters, all of them in chars if a model to go on with has these."""
+    """The data as token ids to train on (N,) and to validate on (M,), the text of each id, and a CRC-32.
+    The tokens of a text are its characters; a model that is continued brings its own, chars."""
     if os.path.isdir(config.data):
         return load_folder(config, chars)
     try:
-        with open(config.data, encoding="utf-8-sig") as file:  # a byte order mark is no character
+        with open(config.data, encoding="utf-8-sig") as file:  # a byte order mark is not part of the text
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {config.data}: {error}; any text in UTF-8 will do, and tiny Shakespeare is at "
              "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
-    unknown = sorted(set(text) - set(chars or text))
+    if chars is None:
+        chars = sorted(set(text))
+    unknown = sorted(set(text) - set(chars))
     if unknown:
         fail(f"--data {config.data}: the model does not know {' '.join(map(repr, unknown[:9]))}")
-    chars = chars or sorted(set(text))
     ids = {char: i for i, char in enumerate(chars)}
-    tokens = torch.tensor([ids[char] for char in text], dtype=torch.long, device=config.device)
+    tokens = torch.tensor([ids[char] for char in text], device=config.device)
     n = int(0.9 * len(tokens))
     if len(tokens) - n <= config.block_size:
-        fail(f"--data {config.data}: a tenth of it has to be longer than --block_size {config.block_size}")
+        fail(f"--data {config.data}: a tenth of it must be longer than --block_size {config.block_size}")
     return tokens[:n], tokens[n:], chars, zlib.crc32(text.encode())
 
+GPT2_IDS = [f"{i} " for i in range(50304)]  # what stands for the 50,257 tokens of GPT-2, padded as in nanoGPT
+
 class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain types; one that asks for a class or a function is refused."""
+    """Reads a pickle of plain types, and refuses one that asks for a class or a function."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 def load_folder(config, chars=None):
-    """load_data for a folder of nanoGPT: train.bin and val.bin have token ids in uint16 and stay on the disk;
-    meta.pkl has the character of each id, without it the ids are GPT-2's 50,257, padded to 50,304."""
-    name, splits, crc32, largest = "meta.pkl", [], 0, 0
+    """load_data for a folder of nanoGPT: train.bin and val.bin hold token ids in uint16 and stay on the disk;
+    meta.pkl holds the character of each id, and without it the ids are GPT-2's."""
+    vocabulary = GPT2_IDS
+    meta = os.path.join(config.data, "meta.pkl")
+    if os.path.exists(meta):
+        with describing(f"--data {meta}"):
+            with open(meta, "rb") as file:
+                itos = PlainUnpickler(file).load()
+            if not isinstance(itos, dict) or not isinstance(itos.get("itos"), dict):
+                raise ValueError("it has no itos, a dict with the character of each id")
+            vocabulary = [str(itos["itos"][i]) for i in range(len(itos["itos"]))]
+    if chars not in (None, vocabulary):
+        fail(f"--data {config.data}: the model has a different vocabulary")
+    splits = []
+    crc32 = 0
+    for name in ("train.bin", "val.bin"):
+        path = os.path.join(config.data, name)
+        with describing(f"--data {path}"):
+            crc32 = check_ids(path, len(vocabulary), crc32)
+            split = np.memmap(path, "<u2", "r")
+            if len(split) <= config.block_size:
+                raise ValueError(f"must be longer than --block_size {config.block_size}")
+            splits.append(split)
+    return *splits, vocabulary, crc32
+
+def check_ids(path, vocab_size, crc32):
+    """See that a file holds ids below vocab_size in uint16 -> its CRC-32, continuing that of another file."""
+    if os.path.getsize(path) % 2:
+        raise ValueError("its size is odd: these are not token ids in uint16")
+    pairs = np.fromfile(path, "<u4", 10000)
+    if pairs.any() and pairs.max() < 2**16:
+        raise ValueError("every second id is 0: these look like token ids in uint32, not in uint16")
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):  # 16 MiB
+            crc32 = zlib.crc32(chunk, crc32)
+            largest = np.frombuffer(chunk, "<u2").max()
+            if largest >= vocab_size:
+                raise ValueError(f"holds the id {largest}, but the vocabulary ends at {vocab_size - 1}")
+    return crc32
+
+@contextlib.contextmanager
+def describing(name):
+    """End the program with one line about the file of this name if it cannot be used."""
     try:
-        strings = [f"{i} " for i in range(50304)]
-        if os.path.exists(os.path.join(config.data, name)):
-            with open(os.path.join(config.data, name), "rb") as file:
-                itos = PlainUnpickler(file).load()["itos"]
-            strings = [str(itos[i]) for i in range(len(itos))]
-        if strings != (chars or strings):
-            raise ValueError("the model has another vocabulary")
-        for name in ("train.bin", "val.bin"):
-            with open(os.path.join(config.data, name), "rb") as file:
-                while chunk := file.read(2**24):  # 16 MiB
-                    crc32, largest = zlib.crc32(chunk, crc32), max(largest, np.frombuffer(chunk, "<u2").max())
-            splits.append(np.memmap(os.path.join(config.data, name), "<u2", "r"))
-            if largest >= len(strings):
-                raise ValueError(f"there is a token {largest}, the vocabulary ends at {len(strings) - 1}")
-            if len(splits[-1]) <= config.block_size:
-                raise ValueError(f"it has to be longer than --block_size {config.block_size}")
-    except Exception as error:  # of any type, from a damaged meta.pkl
-        fail(f"--data {config.data}: {name}: {error or type(error).__name__}")
-    return *splits, strings, crc32
+        yield
+    except Exception as error:  # of any type: a damaged pickle raises whatever it likes
+        fail(f"{name}: {str(error) or type(error).__name__}")
 
 def get_batch(data, start, block_size):
-    """The windows of data (N,) at start (B,) -> inputs (B, T), and targets (B, T), which are one token on."""
-    at = start[:, None] + torch.arange(block_size + 1, device=start.device)  # (B, T+1)
-    if isinstance(data, np.memmap):  # mapped anew each time, or every page ever read would stay in memory
-        data = np.memmap(data.filename, data.dtype, "r")
-        window = torch.from_numpy(data[at.cpu().numpy()].astype(np.int64)).to(start.device)
+    """Windows of data (N,) that begin at start (B,) -> inputs (B, T), and targets (B, T) one token later."""
+    index = start[:, None] + torch.arange(block_size + 1, device=start.device)  # (B, T+1)
+    if torch.is_tensor(data):
+        window = data[index]
     else:
-        window = data[at]
+        file = np.memmap(data.filename, data.dtype, "r")  # anew, or every page ever read stays in memory
+        window = torch.from_numpy(file[index.numpy()].astype(np.int64))
     return window[:, :-1], window[:, 1:]
 
-# --- Evaluation ------------------------------------------------------------------------------------------
+def device_of(data):
+    """Where batches of data are drawn: a file is read by the CPU."""
+    return data.device if torch.is_tensor(data) else torch.device("cpu")
+
+# --- Loss and evaluation ---------------------------------------------------------------------------------
+def compute_loss(model, data, start, config):
+    """The mean loss on the windows of data (N,) that begin at start (B,), in nats per token."""
+    x, y = get_batch(data, start, config.block_size)
+    x = x.to(config.device, non_blocking=True)
+    y = y.to(config.device, non_blocking=True)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        _, loss = model(x, y)
+    return loss
+
 @torch.no_grad()
-def estimate_loss(model, data, config, attention_dropout=False):
-    """The mean loss in nats over evenly spaced windows of data (N,): the same at every call. In the published
-    runs of gpt_v2 and gpt_v3, the dropout inside SDPA was left on; attention_dropout does that."""
+def estimate_loss(model, data, config, stops=(), attention_dropout=False):
+    """The mean loss on evenly spaced windows of data (N,), in nats per token: the same at every call.
+    It is cut short once stops is not empty: the run is about to end.
+    The published runs of gpt_v2 and gpt_v3 left dropout on in SDPA; attention_dropout does so, too."""
     model.eval()
     for block in model.blocks:
         block.attn.training = attention_dropout
-    count, last = config.eval_iters * config.batch_size, len(data) - config.block_size - 1
-    starts = torch.arange(count, device=config.device) * last // max(1, count - 1)  # from 0 to last
-    parts = starts.split(config.batch_size // config.grad_accum // ranks()[1])  # as large as in training
-    losses = [model(*get_batch(data, part, config.block_size))[1] for part in parts]
+    count = config.eval_iters * config.batch_size
+    last = len(data) - config.block_size - 1
+    starts = torch.arange(count, device=device_of(data)) * last // max(1, count - 1)  # from 0 to last
+    losses = []
+    for start in starts.split(micro_batch_size(config)):
+        losses.append(compute_loss(model, data, start, config))
+        if stops:
+            break
     model.train()
     return round(torch.stack(losses).mean().item(), 6)
 
 # --- Flags -----------------------------------------------------------------------------------------------
-TINY = ("--batch_size 8 --block_size 192 --max_iters 1500 --eval_interval 750 --eval_iters 75 "
-        "--learning_rate 5e-3 --n_embd 128 --n_head 4 --n_layer 2 --dropout 0 --optimizer muon "
-        "--warmup_iters 100 --min_lr 5e-5 --weight_decay 0.5 --beta2 0.99")
+TINY = dict(batch_size=8, block_size=192, max_iters=1500, eval_interval=750, eval_iters=75,
+            learning_rate=5e-3, n_embd=128, n_head=4, n_layer=2, dropout=0.0, optimizer="muon",
+            warmup_iters=100, min_lr=5e-5, weight_decay=0.5, beta2=0.99)
+
+def warn(message):
+    """Print message as a line on standard error, in place of the progress line."""
+    with contextlib.suppress(OSError):  # nobody can read it
+        print(f"{erase()}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
 
 def fail(message, status=2):
-    """End the program with one line on standard error; status 2 asks for other flags or another file."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
+    """End the program with one line on standard error; status 2 means a wrong flag or file."""
+    warn("error: " + " ".join(message.split()))
     sys.exit(status)
 
+def between(low, high, kind=int):
+    """The type of a flag: a number from low to high."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return value
+    return number
+
+def flag(group, name, default, help, type=between(1, 10**9)):
+    group.add_argument(name, default=default, help=f"{help} (default: {default})", type=type)
+
+def choice(group, name, choices, help):
+    """Add a flag whose default is the first of its choices."""
+    group.add_argument(name, choices=choices, default=choices[0], help=f"{help} (default: {choices[0]})")
+
+def model_flags():
+    """The flags of the model, which a saved run keeps."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("model")
+    size = between(0, 10**9)
+    flag(group, "--block_size", 256, "context length in tokens")
+    flag(group, "--n_embd", 384, "channels per token, a multiple of n_head")
+    flag(group, "--n_head", 6, "attention heads")
+    flag(group, "--n_layer", 6, "Transformer blocks")
+    choice(group, "--pe", ["sinpe", "randn", "rope"], "positional encoding")
+    choice(group, "--pe_at", ["input", "qk"], "where it is applied: the embedding, or q and k of every head")
+    choice(group, "--attn", ["mha", "mqa", "gqa", "mla"], "kind of attention")
+    flag(group, "--n_kv_head", 0, "gqa: heads of keys and values; 0 is half of n_head", size)
+    flag(group, "--kv_rank", 0, "mla: channels of the latent; 0 is half of n_embd", size)
+    choice(group, "--mlp", ["gelu", "vq"], "MLP with GELU, or attention to a learned codebook")
+    flag(group, "--codebook", 512, "vq: vectors per head")
+    return parser
+
+def shaping_flags():
+    """The flags that shape a run, and that its row in --csv holds."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[model_flags()])
+    group = parser.add_argument_group("training")
+    rate = between(0, 10, float)
+    number = between(0, 10**9, float)
+    flag(group, "--dropout", 0.2, "dropout probability", between(0, 0.99, float))
+    flag(group, "--batch_size", 64, "sequences per iteration")
+    flag(group, "--max_iters", 5000, "training iterations")
+    flag(group, "--eval_interval", 500, "iterations between evaluations")
+    flag(group, "--eval_iters", 200, "batches of each split per evaluation")
+    choice(group, "--optimizer", ["adamw", "muon"], "muon: for the blocks' matrices, and AdamW for the rest")
+    flag(group, "--learning_rate", 3e-4, "learning rate; next to Muon, AdamW has twice as much", rate)
+    flag(group, "--warmup_iters", 0, "iterations in which the learning rate rises from 0", between(0, 10**9))
+    group.add_argument("--min_lr", type=rate, help="final rate of a cosine decay (default: constant)")
+    flag(group, "--weight_decay", 0.01, "weight decay; with muon, only of the matrices", number)
+    flag(group, "--beta2", 0.999, "decay rate of AdamW's second moment", between(0, 0.99999, float))
+    flag(group, "--grad_clip", 0.0, "largest gradient norm; 0 does not clip", number)
+    flag(group, "--grad_accum", 1, "micro-batches per batch, to save memory")
+    flag(group, "--seed", 1337, "random seed of weights, batches and dropout", between(0, 2**63 - 1))
+    choice(group, "--dtype", ["auto", "bfloat16", "float32"], "precision; auto: bfloat16 where it is fast")
+    group.add_argument("--init_from", help="saved run whose model is finetuned, with a fresh optimizer")
+    return parser
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[shaping_flags()],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    run = parser.add_argument_group("run")
+    flag(run, "--data", "input.txt", "text in UTF-8, or a folder with train.bin and val.bin", str)
+    choice(run, "--device", devices, "where to compute")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: only on cuda)")
+    run.add_argument("--csv", help="file to append a row with the final losses to")
+    run.add_argument("--once", action="store_true", help="do nothing if --csv has a row of this run")
+    run.add_argument("--save", help="file to save the run in at each evaluation; its best is FILE.best")
+    run.add_argument("--resume", help="saved run to continue: with the same flags, --max_iters included, "
+                     "bit for bit as if it had not stopped")
+    run.add_argument("--tiny", action="store_true", help="laptop preset; other flags override it")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--generate", help="saved run to sample from, without training")
+    sampling.add_argument("--prompt", help="beginning of the sample (default: the first token)")
+    flag(sampling, "--max_new_tokens", 500, "length of the sample in tokens", between(0, 10**9))
+    flag(sampling, "--num_samples", 1, "samples")
+    flag(sampling, "--temperature", 1.0, "0 takes the likeliest token", between(0, 10**9, float))
+    sampling.add_argument("--top_k", type=between(1, 10**9), help="the likeliest tokens (default: all)")
+    return parser
+
 def parse_args(argv=None):
-    """The flags in argv (a list of strings, by default the command line) as a Namespace, checked."""
-    if argv is None:  # a notebook's kernel has flags of its own
-        argv = [] if sys.argv[0].endswith("kernel_launcher.py") else sys.argv[1:]
-    parser = argparse.ArgumentParser(description=__doc__ and __doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; --help lists the flags")
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    flag = parser.add_argument
-    flag("--batch_size", type=int, default=64, help="sequences in an iteration")
-    flag("--block_size", type=int, default=256, help="characters in a sequence, the longest context")
-    flag("--max_iters", type=int, default=5000, help="training iterations")
-    flag("--eval_interval", type=int, default=500, help="iterations from one evaluation to the next")
-    flag("--eval_iters", type=int, default=200, help="batches of each split in an evaluation")
-    flag("--learning_rate", type=float, default=3e-4, help="step size of the optimizer")
-    flag("--n_embd", type=int, default=384, help="channels of a token, a multiple of n_head")
-    flag("--n_head", type=int, default=6, help="attention heads")
-    flag("--n_layer", type=int, default=6, help="Transformer blocks")
-    flag("--dropout", type=float, default=0.2, help="share of activations dropped in training")
-    flag("--pe", choices=["randn", "sinpe", "rope"], default="sinpe", help="positional encoding")
-    flag("--pe_at", choices=["input", "qk"], default="input", help="at the embedding, or at q and k")
-    flag("--attn", choices=["mha", "mqa", "gqa", "mla"], default="mha", help="kind of attention")
-    flag("--n_kv_head", type=int, help="heads of keys and values with gqa; without it, half of n_head")
-    flag("--kv_rank", type=int, help="channels of the latent with mla; without it, half of n_embd")
-    flag("--mlp", choices=["gelu", "vq"], default="gelu", help="vq attends to a learned codebook instead")
-    flag("--codebook", type=int, help="vectors in the codebook of each head with vq; without it, 512")
-    flag("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon is for the blocks' matrices")
-    flag("--warmup_iters", type=int, default=0, help="iterations in which the learning rate rises from 0")
-    flag("--min_lr", type=float, help="learning rate that a cosine ends at; without it, it is constant")
-    flag("--weight_decay", type=float, default=0.01, help="weight decay, with muon of its matrices")
-    flag("--beta2", type=float, default=0.999, help="decay of AdamW's mean of squared gradients")
-    flag("--grad_clip", type=float, default=0.0, help="largest norm of the gradient; 0 sets no limit")
-    flag("--grad_accum", type=int, default=1, help="parts in which a batch is computed, to save memory")
-    flag("--seed", type=int, default=1337, help="seed of weights, batches and dropout")
-    flag("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto is bfloat16 if fast")
-    flag("--init_from", help="a file of --save whose model to finetune, on other --data")
-    flag("--data", default="input.txt", help="a text in UTF-8, or a folder with train.bin and val.bin")
-    flag("--device", choices=devices, default=devices[0], help="where to compute")
-    flag("--compile", action=argparse.BooleanOptionalAction, default="auto", help="auto compiles on cuda")
-    flag("--csv", help="a file to append a row with the final losses to")
-    flag("--save", help="a file to keep the run in, at every evaluation; its best state is kept in FILE.best")
-    flag("--resume", help="a file of --save whose run goes on, and is kept there")
-    flag("--generate", help="a file of --save whose model writes text")
-    flag("--prompt", help="how the text of --generate begins; without it, with the model's first character")
-    flag("--temperature", type=float, default=1.0, help="of sampling; 0 takes the likeliest character")
-    flag("--top_k", type=int, help="sample from the k likeliest characters only")
-    flag("--sample_chars", "--num_tokens", type=int, default=500, help="characters to write at the end")
-    flag("--num_samples", type=int, default=1, help="texts to write at the end, at once")
-    flag("--tiny", action="store_true", help=f"for a laptop, and other flags win: {TINY}")
+    """The flags in argv, a list of strings (default: the command line), as a Namespace."""
+    if argv is None:
+        argv = [] if in_notebook() else sys.argv[1:]
+    parser = make_parser()
     args = parser.parse_args(argv)
-    file, *others = list(filter(None, (args.resume, args.generate, args.init_from))) or [None]
-    if others:
-        parser.error("--resume, --generate and --init_from exclude each other")
-    shape = "block_size n_embd n_head n_layer pe pe_at attn n_kv_head kv_rank mlp codebook".split()
-    preset = load_run(file)["flags"] if file else TINY.split() * args.tiny
-    if args.init_from:
-        pairs = zip(preset[::2], preset[1::2])
-        preset = TINY.split() * args.tiny + [word for pair in pairs if pair[0][2:] in shape for word in pair]
-    args, saved = parser.parse_args(preset + argv), parser.parse_args(preset)  # the last of a flag wins
-    for name in (shape + ["optimizer"] * bool(args.resume)) * bool(file):
-        if vars(args)[name] != vars(saved)[name]:
-            parser.error(f"--{name} {vars(args)[name]}: the run in {file} has {vars(saved)[name]}")
-    for kind, of, name, default in (("gqa", args.attn, "n_kv_head", max(1, args.n_head // 2)),
-                                    ("mla", args.attn, "kv_rank", max(1, args.n_embd // 2)),
-                                    ("vq", args.mlp, "codebook", 512)):
-        if of != kind and vars(args)[name] is not None:
-            parser.error(f"--{name} {vars(args)[name]} is for {kind} only")
-        if of == kind and vars(args)[name] is None:
-            vars(args)[name] = default
-    zero = "warmup_iters min_lr weight_decay grad_clip temperature sample_chars".split()
-    ranges = dict.fromkeys(zero, (0, 10**9)) | dict(
-        learning_rate=(0, 10), dropout=(0, 0.99), beta2=(0, 0.99999), seed=(0, 2**63 - 1))
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1, 10**9))
-        if type(value) in (int, float) and not low <= value <= high:
-            parser.error(f"--{name} {value} is not from {low} to {high}")
-    if args.n_embd % args.n_head:
-        parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
-    if args.n_head % (args.n_kv_head or 1):
-        parser.error(f"--n_head {args.n_head} is not a multiple of --n_kv_head {args.n_kv_head}")
-    of = 1 if args.pe_at == "input" else 2 * args.n_head if args.attn == "mla" else args.n_head
-    if args.n_embd < of or args.pe != "randn" and args.n_embd // of % 2:
-        parser.error(f"--pe {args.pe} --pe_at {args.pe_at} needs an even number of channels: --n_embd / {of}")
+    files = [file for file in (args.resume, args.generate, args.init_from) if file]
+    if len(files) > 1:
+        parser.error("--resume, --generate and --init_from are mutually exclusive")
+    if args.tiny:
+        parser.set_defaults(**TINY)
+    if files:
+        saved = load_run(files[0])["flags"]
+        fixed = [*vars(model_flags().parse_args([]))]
+        if args.init_from:
+            saved = {name: saved[name] for name in fixed}
+        if args.resume:
+            fixed.append("optimizer")
+        parser.set_defaults(**saved)
+    args = parser.parse_args(argv)  # once more, with those defaults
+    if files:
+        for name in fixed:
+            if getattr(args, name) != saved[name]:
+                parser.error(f"--{name} {getattr(args, name)}: the run in {files[0]} has {saved[name]}")
+    check_model(parser, args)
+    check_files(parser, args)
     if args.batch_size % (args.grad_accum * ranks()[1]):
-        parser.error(f"--batch_size has to be a multiple of --grad_accum times {ranks()[1]} processes")
-    args.save = args.save or args.resume
-    if args.save != args.resume and os.path.lexists(args.save):
-        parser.error(f"--save {args.save}: it is there already; --resume goes on with it")
-    if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):
-        parser.error(f"--save {args.save}: its folder is not there or cannot be written to")
+        parser.error(f"--batch_size {args.batch_size} must be a multiple of --grad_accum {args.grad_accum} "
+                     f"times the number of processes, {ranks()[1]}")
     if args.dtype == "auto":
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if args.device == "cuda" else
-                torch.cpu.get_capabilities().get("avx512_bf16", False))
+        fast = torch.cpu.get_capabilities().get("avx512_bf16")
+        if args.device == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if fast else "float32"
-    args.compile = args.device == "cuda" if args.compile == "auto" else args.compile
+    if args.device == "mps" and args.dtype == "bfloat16" and torch.__version__ < "2.13":
+        parser.error("--dtype bfloat16 on mps needs torch 2.13: before, attention sees later tokens")
+    if args.compile is None:
+        args.compile = args.device == "cuda"
     return args
 
-# --- Training --------------------------------------------------------------------------------------------
-def log(text, config, end="\n"):
-    """Print text; a run with --csv or --save outlives a closed pipe or a full disk there, for their sake."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not (config.csv or config.save):
-            sys.exit(1)  # nothing else is to come, and `| head` has seen enough
+def check_model(parser, args):
+    """Refuse flags of the model that do not go together."""
+    if args.n_embd % args.n_head:
+        parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
+    n_kv_head = args.n_kv_head or max(1, args.n_head // 2)
+    if args.attn == "gqa" and args.n_head % n_kv_head:
+        parser.error(f"--n_head {args.n_head} is not a multiple of --n_kv_head {n_kv_head}")
+    if args.n_kv_head and args.attn != "gqa":
+        parser.error(f"--n_kv_head {args.n_kv_head} is only for --attn gqa")
+    if args.kv_rank and args.attn != "mla":
+        parser.error(f"--kv_rank {args.kv_rank} is only for --attn mla")
+    if args.codebook != 512 and args.mlp != "vq":
+        parser.error(f"--codebook {args.codebook} is only for --mlp vq")
+    channels = args.n_embd
+    if args.pe_at == "qk":
+        channels = args.n_embd // args.n_head
+        if args.attn == "mla":
+            channels = channels // 2  # which only encode positions
+    if channels == 0 or args.pe != "randn" and channels % 2:
+        parser.error(f"--pe {args.pe} --pe_at {args.pe_at} needs an even number of channels, but --n_embd "
+                     f"{args.n_embd} and --n_head {args.n_head} leave it {channels}")
 
-def compile_blocks(model, data, config):
-    """Compile block by block, in place: one graph serves every layer, and the weights keep their names."""
-    torch.compiler.reset()  # of earlier models in a notebook: Dynamo keeps no more than eight graphs
-    torch.compiler.set_stance("default")
-    for block in model.blocks:
-        block.compile()
-    start = torch.arange(config.batch_size // config.grad_accum // ranks()[1], device=config.device)
+def check_files(parser, args):
+    """Refuse to save a run where it cannot be saved."""
+    args.save = args.save or args.resume
+    if args.save and args.save != args.resume and os.path.lexists(args.save):
+        parser.error(f"--save {args.save}: already exists; --resume {args.save} continues it")
+    if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):
+        parser.error(f"--save {args.save}: its folder does not exist or cannot be written to")
+
+def in_notebook():
+    """Whether a Jupyter kernel runs this: sys.argv is then the kernel's, and we must not exit."""
+    return sys.argv[0].endswith("kernel_launcher.py")
+
+# --- Training --------------------------------------------------------------------------------------------
+def on_terminal():
+    if sys.stdout is None:  # it is closed
+        return False
+    return sys.stdout.isatty()
+
+def erase():
+    """What erases the progress line of a terminal."""
+    return "\r\x1b[K" if on_terminal() else ""
+
+def write(text, config):
+    """Print text as it is. With --csv or --save, a run continues when nobody can read it."""
     try:
-        model(*get_batch(data, start, config.block_size))[1].backward()
-        estimate_loss(model, data, config)  # has a graph of its own
-    except Exception as error:  # no compiler, no Triton, an old GPU
-        print(f"warning: going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
-        torch.compiler.set_stance("force_eager")
-    model.train().zero_grad(set_to_none=True)
+        print(text, end="", flush=True)
+    except OSError:  # a closed pipe, as after `| head`, or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not config.csv and not config.save:
+            sys.exit(1)
+
+def log(text, config, end="\n"):
+    """Print text in place of the progress line."""
+    write(f"{erase()}{text}{end}", config)
+
+def catch_signals(stops):
+    """A context in which Ctrl-C, SIGTERM and SIGHUP do nothing but join stops, a list."""
+    def stop(number, frame):
+        stops.append(number)
+        if ranks()[1] == 1:  # torchrun passes on what its processes have already received
+            signal.signal(number, signal.default_int_handler)  # a second one ends the run at once
+
+    undo = contextlib.ExitStack()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            undo.callback(signal.signal, number, signal.signal(number, stop))
+    return undo
 
 def ranks():
-    """The rank of this process and the number of processes, as torchrun sets them: without it, 0 and 1."""
-    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    """The rank of this process and the number of processes, as torchrun sets them; otherwise 0 and 1."""
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in variables):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-def learning_rate(step, config):
-    """Linear warm-up to config.learning_rate, then constant, or with min_lr a cosine down to that."""
-    low = config.learning_rate if config.min_lr is None else config.min_lr
-    done = max(0, step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # from 0 to 1
-    warm = min(1, (step + 1) / max(1, config.warmup_iters))
-    return warm * (low + (config.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2)
+def micro_batch_size(config):
+    """Sequences that a process computes at once."""
+    return config.batch_size // config.grad_accum // ranks()[1]
+
+def compile_blocks(model, data, config):
+    """Compile each block in place: one graph serves all layers, and the weights keep their names."""
+    start = torch.zeros(micro_batch_size(config), dtype=torch.long, device=device_of(data))
+    try:
+        torch.compiler.reset()  # forget the models that a notebook compiled before
+        torch.compiler.set_stance("default")
+        for block in model.blocks:
+            block.compile()
+        compute_loss(model, data, start, config).backward()
+        with torch.no_grad():  # evaluation has a graph of its own
+            compute_loss(model.eval(), data, start, config)
+    except Exception as error:  # no C++ compiler, no Triton, an old GPU
+        warn(f"warning: continuing without --compile: {str(error).splitlines()[0]}")
+        torch.compiler.set_stance("force_eager")
+    model.train()
+    model.zero_grad(set_to_none=True)
+
+def get_lr(step, config):
+    """The learning rate of an iteration."""
+    # 1. it rises linearly during warmup
+    if step < config.warmup_iters:
+        return (step + 1) / config.warmup_iters * config.learning_rate
+    # 2. then it is constant
+    if config.min_lr is None:
+        return config.learning_rate
+    # 3. or follows a cosine down to min_lr
+    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # from 0 to 1
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 def make_optimizers(model, config):
-    """AdamW, or AdamW without decay beside Muon (Jordan et al. 2024), which is for the blocks' matrices."""
-    rate, decay = config.learning_rate, config.weight_decay
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = [torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
-    adamw = torch.optim.AdamW(rest, rate, (0.9, config.beta2), weight_decay=decay * (not muon), fused=True)
-    return [adamw, *muon]
+    """AdamW; or Muon (Jordan et al. 2024) for the matrices of the blocks, and AdamW for the rest."""
+    betas = (0.9, config.beta2)
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), config.learning_rate, betas,
+                                  weight_decay=config.weight_decay, fused=True)]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = set(matrices)
+    rest = [p for p in model.parameters() if p not in chosen]
+    adamw = torch.optim.AdamW(rest, config.learning_rate, betas, weight_decay=0.0, fused=True)
+    adamw.param_groups[0]["lr_scale"] = 2  # embeddings and biases learn well at twice the rate of Muon
+    muon = torch.optim.Muon(matrices, config.learning_rate, config.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
-def train(config):
-    """Train a GPT as the flags say, report and append its losses -> the model, the list of characters."""
+def training_step(step, replica, optimizers, data, generator, config):
+    """Draw a batch from data (N,), of which this process has its share, and update the model once."""
+    rank, world = ranks()
+    start = torch.randint(len(data) - config.block_size, (config.batch_size,), generator=generator,
+                          device=generator.device)
+    replica.zero_grad(set_to_none=True)
+    for part in range(config.grad_accum):
+        replica.require_backward_grad_sync = part == config.grad_accum - 1  # DDP adds up gradients once
+        mine = start.view(-1, world, config.grad_accum)[:, rank, part]  # (B / world / grad_accum,)
+        loss = compute_loss(replica, data, mine, config)
+        (loss / config.grad_accum).backward()
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(replica.parameters(), config.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, config) * group.get("lr_scale", 1)
+        optimizer.step()
+
+def read_clock(config):
+    """The time in seconds, once the device has finished its work."""
+    if config.device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+def progress(step, train_s, eval_s, config):
+    """Speed and remaining time, given the seconds of the training so far and of one evaluation."""
+    iter_s = train_s / step
+    rate = config.batch_size * config.block_size / iter_s
+    speed = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
+    left = config.max_iters - step
+    eta = round(left * iter_s + math.ceil(left / config.eval_interval) * eval_s)
+    return f"{1e3 * iter_s:.2f} ms/iter, {speed} tok/s, eta {eta // 60}:{eta % 60:02}"
+
+def train(config, stops=None):
+    """Train a GPT as the flags say, and report its losses -> model, chars (the text of each token).
+    Ctrl-C, SIGTERM or SIGHUP ends the training early, and is appended to stops, a list."""
+    stops = [] if stops is None else stops
     rank, world = ranks()
     if world > 1:
-        if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-    torch.manual_seed(config.seed + rank)  # for other dropout in each process; all get the first's weights
+        join_processes(config)
+    torch.manual_seed(config.seed + rank)  # dropout differs between processes; the weights are the first's
     torch.set_float32_matmul_precision("high")
-    file = config.resume or config.init_from
-    state = load_run(file) if file else {"chars": None}
-    train_data, val_data, chars, crc32 = load_data(config, state["chars"])
+    path = config.resume or config.init_from
+    saved = load_run(path) if path else None
+    train_data, val_data, chars, crc32 = load_data(config, saved["chars"] if saved else None)
     if config.csv:
-        append_rows(config.csv)
-    model = GPT(config, len(chars)).to(config.device)  # weights in float32, matrix products in config.dtype:
-    model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
+        append_row(config.csv)  # a file that will not do is better reported now
+    if config.once and has_row(config, crc32):
+        log(f"nothing to do: {config.csv} has the row of this run", config)
+        sys.exit(0)
+    model = GPT(config, len(chars)).to(config.device)
     optimizers = make_optimizers(model, config)
-    generator = torch.Generator(config.device).manual_seed(config.seed)
+    generator = torch.Generator(device_of(train_data)).manual_seed(config.seed)
     params = sum(p.numel() for p in model.parameters())
-    how = "compiling" if config.compile else "eager" if config.tiny else "eager; --tiny is for a laptop"
-    log(f"{model.experiment}: {params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, {how}", config)
+    introduce(params, config)
     if config.compile:
         compile_blocks(model, train_data, config)
-    first, train_s, curve, eval_s = 0, 0.0, {}, 0.0  # curve is {step: (train loss, val loss)}
-    random = torch.cuda if config.device == "cuda" else torch  # has the state of what dropout draws
-    if file:
-        with reading(file):
-            model.load_state_dict(state["model"])
+    first = 0
+    curve = {}  # step: (train loss, val loss)
+    train_s = 0.0  # seconds, without compiling and evaluation
+    eval_s = 0.0  # seconds of the last evaluation
+    if saved:
+        restore_model(model, saved, path)
     if config.resume:
-        first, train_s, curve = state["step"], state["train_s"], state["curve"]
-        if state["crc32"] != crc32:
-            fail(f"--data {config.data} is not what the run in {file} learns from; --init_from finetunes")
-        if first > config.max_iters:
-            fail(f"--max_iters {config.max_iters}: the run in {config.resume} is at step {first} already")
-        with reading(file):
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            generator.set_state(state["generator"])
-            random.set_rng_state(state["rng"])
+        if saved["crc32"] != crc32:
+            fail(f"--data {config.data} is not the text of the run in {path}; --init_from finetunes on it")
+        restore(saved, optimizers, generator, config)
+        first, curve, train_s = saved["step"], saved["curve"], saved["train_s"]
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    stops = []  # the signals that ask the loop to end after its iteration; a second one ends it at once
-    stop = lambda number, frame: stops.append(number) or signal.signal(number, signal.SIG_DFL)
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    started = (shown := time.perf_counter()) - train_s
-    with contextlib.ExitStack() as undo:
-        for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides for all
-            undo.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN if rank else stop))
+
+    def save():
+        state = dict(step=step, train_s=train_s, curve=curve, chars=chars, crc32=crc32)
+        save_run(state, model, optimizers, generator, config)
+
+    started = read_clock(config)
+    with catch_signals(stops if rank == 0 else []):  # the first process decides for all
         for step in range(first, config.max_iters + 1):
-            evaluating = step % config.eval_interval == 0 or step == config.max_iters
-            if stops or evaluating or step == first + 10 or terminal and time.perf_counter() > shown + 0.5:
-                if step > first:
-                    loss.item()  # waits for the device
-                shown, line = time.perf_counter(), f"step {step}"
-                train_s = shown - started
-                if evaluating:
-                    curve[step] = [estimate_loss(model, data, config) for data in (train_data, val_data)]
-                    if not math.isfinite(sum(curve[step])):
-                        fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
-                    line += ": train loss {:.4f}, val loss {:.4f}".format(*curve[step])
-                best = min(curve, key=lambda step: curve[step][1])
-                if config.save and rank == 0 and (evaluating or stops):
-                    flags = f"{run_flags(config)} --data {shlex.quote(config.data)}"
-                    save_run([config.save] + [f"{config.save}.best"] * (step == best), dict(
-                        flags=flags, chars=chars, crc32=crc32, step=step, train_s=train_s, curve=curve,
-                        model=model.state_dict(), optimizers=[each.state_dict() for each in optimizers],
-                        generator=generator.get_state(), rng=random.get_rng_state()))
-                if stops:
-                    fail(f"stopped at step {step}" + f"; --resume {config.save} goes on" * bool(config.save),
-                         128 + stops[0])
-                if evaluating:
-                    started += (eval_s := time.perf_counter() - shown)  # which takes no training time
-                if step:
-                    left, rate = config.max_iters - step, step / train_s
-                    eta = round(left / rate + math.ceil(left / config.eval_interval) * eval_s)
-                    line += " | {:.2f} ms/iter, {:.2f}M tok/s, eta {}:{:02}".format(
-                        1e3 / rate, rate * config.batch_size * config.block_size / 1e6, *divmod(eta, 60))
-                log(line, config, end="\r" if terminal and not evaluating else "\n")
-            if step == config.max_iters:
+            if stops:
                 break
-            start = torch.randint(len(train_data) - config.block_size, (config.batch_size,),
-                                  generator=generator, device=config.device)
-            model.zero_grad(set_to_none=True)
-            for part in range(config.grad_accum):
-                own = start[rank * config.grad_accum + part::config.grad_accum * world]
-                replica.require_backward_grad_sync = part == config.grad_accum - 1  # DDP: once
-                _, loss = replica(*get_batch(train_data, own, config.block_size))
-                (loss / config.grad_accum).backward()
-            if config.grad_clip:
-                nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            for optimizer, times in zip(optimizers, (len(optimizers), 1)):  # AdamW, twice as fast beside Muon
-                optimizer.param_groups[0]["lr"] = times * learning_rate(step, config)
-                optimizer.step()
-    log("final: train loss {:.4f}, val loss {:.4f} (best {:.4f} at step {})".format(
-        *curve[step], curve[best][1], best), config)
+            if step % config.eval_interval == 0 or step == config.max_iters:
+                stopped = read_clock(config)
+                train_s += stopped - started
+                train_loss = estimate_loss(model, train_data, config, stops)
+                val_loss = estimate_loss(model, val_data, config, stops)
+                started = read_clock(config)
+                if stops:
+                    break
+                if not math.isfinite(train_loss + val_loss):
+                    fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
+                curve[step] = (train_loss, val_loss)
+                save()
+                started = read_clock(config)
+                eval_s = started - stopped
+                line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                if step:
+                    line += " | " + progress(step, train_s, eval_s, config)
+                log(line, config)
+            elif step == first + 10 or step % 10 == 0 and on_terminal():
+                elapsed = train_s + read_clock(config) - started
+                line = f"step {step} | {progress(step, elapsed, eval_s, config)}"
+                width = shutil.get_terminal_size().columns - 1
+                log(line[:width], config, end="" if on_terminal() else "\n")
+            if step < config.max_iters:
+                training_step(step, replica, optimizers, train_data, generator, config)
     if config.compile:
-        torch.compiler.set_stance("force_eager")  # what follows is too short or too varied to compile for
-    if config.csv and rank == 0:
-        published = [estimate_loss(model, data, config, True) for data in (train_data, val_data)]
-        append_rows(config.csv, vars(config) | dict(
-            experiment=model.experiment, pe_type=config.pe, train_loss=curve[step][0],
-            val_loss=curve[step][1], best_val_loss=curve[best][1], best_iter=best, params=params,
-            published_train_loss=published[0], published_val_loss=published[1], train_s=round(train_s, 2),
-            ms_per_iter=round(1e3 * train_s / step, 3), torch=torch.__version__, data_crc32=crc32,
-            data=os.path.basename(os.path.abspath(config.data)), flags=run_flags(config),
-            curve=" ".join("{}:{:.4f}:{:.4f}".format(i, *curve[i]) for i in curve)))
-    del replica  # before its process group: in the other order their threads can wait for each other
-    if world > 1:
+        torch.compiler.set_stance("force_eager")  # what follows is short, or of many lengths
+    if stops:
+        train_s += read_clock(config) - started
+        save()
+        message = f"stopped at step {step}"
+        if config.save:
+            message += f"; --resume {config.save} continues it"
+        warn(message)
+    elif rank == 0:
+        published = [None, None]
+        if config.csv:
+            published = [estimate_loss(model, data, config, attention_dropout=True)
+                         for data in (train_data, val_data)]
+        report(model, curve, train_s, params, crc32, published, config)
+    if world > 1 and not stops:
+        del replica  # before its process group, or their threads may wait for each other
         torch.distributed.destroy_process_group()
-    return model, chars
+    return model.eval(), chars
+
+def join_processes(config):
+    """Join the processes that torchrun started, each with a GPU of its own."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+
+def introduce(params, config):
+    mode = "compiled" if config.compile else "eager"
+    log(f"{GPT.experiment}: {params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, {mode}", config)
+    if config.device == "cpu" and not config.compile and not config.tiny and not config.resume:
+        log("--tiny is a preset for a laptop", config)
 
 # --- Saved runs ------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def reading(path):
-    """Whatever goes wrong with a saved run ends the program with one line."""
-    try:
-        yield
-    except Exception as error:
-        why = getattr(error, "strerror", None) or "not a file that --save wrote on such a device, or damaged"
-        fail(f"{path}: {why}")
+def random_state(config):
+    """The module that holds the state of the random numbers that dropout draws."""
+    return {"cuda": torch.cuda, "mps": torch.mps}.get(config.device, torch)
 
-def load_run(path):
-    """What save_run wrote to path, on the CPU; nothing in it is executed."""
-    with reading(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        names = "chars crc32 step train_s curve model optimizers generator rng".split()
-        return {name: state[name] for name in names} | {"flags": shlex.split(str(state["flags"]))}
-
-def save_run(paths, state):
-    """Write state to each of paths, by way of a temporary file: what has the name is always whole."""
+def save_run(state, model, optimizers, generator, config):
+    """Write a run to --save, and to FILE.best if its val loss is the lowest so far; a process that is killed
+    meanwhile leaves the old file."""
+    if not config.save or ranks()[0] > 0:
+        return
+    curve = state["curve"]
+    paths = [config.save]
+    if state["step"] == min(curve, key=lambda step: curve[step][1], default=None):
+        paths.append(f"{config.save}.best")
+    flags = {name: getattr(config, name) for name in vars(shaping_flags().parse_args([]))}
     data = io.BytesIO()
-    torch.save(state, data)
+    torch.save(state | dict(
+        flags=flags | dict(data=config.data),
+        model=model.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        generator=generator.get_state(),
+        rng=random_state(config).get_rng_state(),
+    ), data)
     for path in paths:
         try:
             with open(f"{path}.tmp", "wb") as file:
@@ -561,7 +815,60 @@ def save_run(paths, state):
                 os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
         except OSError as error:  # a disk that is full or gone
-            print(f"warning: --save {path}: {error.strerror}; the run goes on", file=sys.stderr)
+            warn(f"warning: --save {path}: {error.strerror}; the run continues")
+
+def load_run(path):
+    """Read what save_run wrote, into memory; nothing in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except Exception:  # of many types
+        fail(f"{path}: not a file that --save wrote, or damaged")
+    names = "step train_s curve chars crc32 flags model optimizers generator rng".split()
+    if not isinstance(state, dict) or any(name not in state for name in names):
+        fail(f"{path}: not a file that --save wrote")
+    known = {*vars(shaping_flags().parse_args([])), "data"}
+    if not isinstance(state["flags"], dict) or known != set(state["flags"]):
+        fail(f"{path}: saved by a version with different flags")
+    return state
+
+def restore_model(model, saved, path):
+    """Load the weights of a saved run into model."""
+    try:
+        model.load_state_dict(saved["model"])
+    except Exception as error:
+        fail(f"{path}: its weights do not fit its flags: {str(error).splitlines()[-1][:200]}")
+
+def restore(saved, optimizers, generator, config):
+    """Continue a saved run where it was: its optimizers and its random numbers."""
+    try:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except Exception as error:
+        fail(f"{config.resume}: its optimizer does not fit its weights: {error}")
+    try:
+        generator.set_state(saved["generator"])
+        random_state(config).set_rng_state(saved["rng"])
+    except Exception:
+        fail(f"{config.resume}: its random state is not of --device {config.device}")
+    if saved["step"] > config.max_iters:
+        fail(f"--max_iters {config.max_iters}: the run in {config.resume} is already at step {saved['step']}")
+    schedule = ["learning_rate", "warmup_iters", "min_lr"]
+    if config.min_lr is not None:
+        schedule.append("max_iters")  # where the cosine ends
+    changes = [f"--{name} {getattr(config, name)} instead of {saved['flags'][name]}" for name in schedule
+               if getattr(config, name) != saved["flags"][name]]
+    if changes:
+        log(f"the learning rate now follows {', '.join(changes)}", config)
+
+def load(path, config=None):
+    """Read the model of a saved run, ready to sample from -> model, chars (the text of each token)."""
+    config = config or parse_args(["--generate", path])
+    saved = load_run(path)
+    model = GPT(config, len(saved["chars"])).to(config.device)
+    restore_model(model, saved, path)
+    return model.eval(), saved["chars"]
 
 # --- Results ---------------------------------------------------------------------------------------------
 COLUMNS = """experiment pe_type n_embd n_head n_layer train_loss val_loss best_val_loss best_iter
@@ -569,71 +876,121 @@ COLUMNS = """experiment pe_type n_embd n_head n_layer train_loss val_loss best_v
     curve""".split()  # the same in all three scripts
 
 def run_flags(config):
-    """The flags that shape a run, as a command line that runs it again on the same text."""
-    names = list(vars(config))
-    return " ".join(f"--{name} {shlex.quote(str(vars(config)[name]))}" for name in names[:names.index("data")]
-                    if vars(config)[name] is not None)
+    """The flags that shape a run, as a command line: with --data, it repeats the run."""
+    values = {name: getattr(config, name) for name in vars(shaping_flags().parse_args([]))}
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in values.items()
+                    if value is not None)
 
-def append_rows(path, *rows):
-    """Append dicts, or only the header, to a CSV of COLUMNS, locked and in one write: no line is torn."""
-    header, text = ",".join(COLUMNS) + "\n", io.StringIO()
-    csv.DictWriter(text, COLUMNS, "", "ignore", lineterminator="\n").writerows(rows)
+def report(model, curve, train_s, params, crc32, published, config):
+    """Print the final losses, and append the row of the run to --csv."""
+    train_loss, val_loss = curve[config.max_iters]
+    best_iter = min(curve, key=lambda step: curve[step][1])
+    best_val_loss = curve[best_iter][1]
+    log(f"final: train loss {train_loss:.4f}, val loss {val_loss:.4f} "
+        f"(best {best_val_loss:.4f} at step {best_iter})", config)
+    if config.csv:
+        points = [f"{step}:{train:.4f}:{val:.4f}" for step, (train, val) in curve.items()]
+        append_row(config.csv, vars(config) | dict(
+            experiment=model.experiment, pe_type=config.pe, train_loss=train_loss, val_loss=val_loss,
+            published_train_loss=published[0], published_val_loss=published[1],
+            best_val_loss=best_val_loss, best_iter=best_iter, params=params, train_s=round(train_s, 2),
+            ms_per_iter=round(1e3 * train_s / config.max_iters, 3), torch=torch.__version__,
+            data=os.path.basename(os.path.abspath(config.data)), data_crc32=crc32, flags=run_flags(config),
+            curve=" ".join(points)))
+
+def append_row(path, row=None):
+    """Append row, a dict, to a CSV of COLUMNS; without a row, only see that the file will do.
+    The file is locked meanwhile: parallel runs do not tear each other's rows."""
     try:
-        with open(path, "a+b", buffering=0) as file:
+        with open(path, "a+", newline="", encoding="utf-8") as file:
             if os.name == "posix":
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            data = (header * (size == 0) + text.getvalue()).encode()
             file.seek(0)
-            if size and file.readline() != header.encode():
-                raise ValueError("it has other columns")
-            if file.write(data) < len(data):
-                file.truncate(size)
-                raise OSError("no space left on the disk")
+            text = file.read()
+            if text and text.split("\n")[0] != ",".join(COLUMNS):
+                raise ValueError("its columns are different")
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            if not text:
+                writer.writeheader()
+            elif not text.endswith("\n"):
+                file.write("\n")  # a full disk cut off the last row
+            if row:
+                writer.writerow(row)
     except (OSError, ValueError) as error:
-        fail(f"--csv {path}: {error}" + f"; the row was {text.getvalue()}" * len(rows), 1 if rows else 2)
+        fail(f"--csv {path}: {error}; the row: {row}", 1 if row else 2)
+
+def has_row(config, crc32):
+    """Whether --csv has the row of this run: one of the same script, flags and text."""
+    run = dict(experiment=GPT.experiment, flags=run_flags(config), data_crc32=str(crc32))
+    with open(config.csv, newline="", encoding="utf-8") as file:
+        return any(run.items() <= row.items() for row in csv.DictReader(file))
 
 # --- Sample and main -------------------------------------------------------------------------------------
+def gpt2_tokenizer():
+    """GPT-2's tokenizer; without it, None and a hint."""
+    try:
+        import tiktoken
+        return tiktoken.get_encoding("gpt2")
+    except Exception:  # it is not installed, or cannot load its vocabulary
+        warn("these are token ids of GPT-2; for text, pip install tiktoken")
+
 def sample(model, chars, config):
-    """Write the prompt, or the first token, and what the model draws then, one text as it is drawn."""
+    """Print the prompt, or the first of chars, and what the model generates after it."""
     torch.manual_seed(config.seed)
-    prompt = config.prompt or chars[0]
-    words = [f"{word} " for word in prompt.split()] if chars[0] == "0 " else prompt  # ids, without meta.pkl
-    for char in set(words) - set(chars):
-        fail(f"--prompt: the model does not know {char!r}")
-    idx = torch.tensor([[chars.index(char) for char in words]] * config.num_samples, device=config.device)
-    drawn = model.eval().generate(idx, config.sample_chars, config.temperature, config.top_k)
-    if config.num_samples == 1:
-        log("".join(words), config, end="")
-        for token in drawn:
-            log(chars[token.item()], config, end="")
-        log("", config)
-    else:
-        for row in torch.cat([idx, *drawn], dim=1).tolist():
-            log("".join(chars[token] for token in row) + "\n" + "-" * 20, config)
+    tokenizer = gpt2_tokenizer() if chars == GPT2_IDS else None
+    pieces = config.prompt or chars[:1]
+    if config.prompt and tokenizer:
+        pieces = [f"{i} " for i in tokenizer.encode(config.prompt, allowed_special="all")]
+    elif config.prompt and chars == GPT2_IDS:
+        pieces = [f"{i} " for i in config.prompt.split()]
+    for piece in pieces:
+        if piece not in chars:
+            fail(f"--prompt: the model does not know {piece!r}")
+    ids = [chars.index(piece) for piece in pieces]
+    idx = torch.tensor([ids] * config.num_samples, device=config.device)  # (num_samples, T)
+    options = (config.max_new_tokens, config.temperature, config.top_k)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        if config.num_samples == 1 and not tokenizer:
+            write("".join(pieces), config)
+            for idx_next in model.stream(idx, *options):
+                write(chars[idx_next.item()], config)
+            write("\n", config)
+            return
+        rows = model.generate(idx, *options).tolist()
+    for row in rows:
+        if tokenizer:
+            text = tokenizer.decode([token for token in row if token < 50257])  # the rest is padding
+        else:
+            text = "".join(chars[token] for token in row)
+        log(text, config)
+        if config.num_samples > 1:
+            log("-" * 20, config)
 
 def main():
+    """Train and sample as the command line says -> model, chars."""
     config = parse_args()
-    if ranks()[0]:
+    if ranks()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show becomes a question mark
+        sys.stdout.reconfigure(errors="replace")  # a character that cannot be shown becomes "?"
+    model, chars = None, None
+    stops = []
     try:
         if config.generate:
-            state = load_run(config.generate)
-            model, chars = GPT(config, len(state["chars"])).to(config.device), state["chars"]
-            with reading(config.generate):
-                model.load_state_dict(state["model"])
+            model, chars = load(config.generate, config)
         else:
-            model, chars = train(config)
-        sample(model, chars, config)
+            model, chars = train(config, stops)
+        if config.max_new_tokens and not stops:
+            sample(model, chars, config)
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C, before there was a row or a sample", 130)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate" not in str(error):
-            raise
-        fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}")
+        warn("stopped by Ctrl-C")
+        stops.append(signal.SIGINT)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory: lower --batch_size {config.batch_size} or --block_size {config.block_size}", 1)
+    if stops and not in_notebook():
+        sys.exit(128 + stops[0])
+    return model, chars
 
 if __name__ == "__main__":
-    main()
+    model, chars = main()

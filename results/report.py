@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 LAPTOP, PUBLISHED, CHOICES = (HERE / f"{name}.csv" for name in ("laptop", "seed", "choices"))
 LOSSES = {"val_loss": "val loss", "train_loss": "train loss"}
 COLUMNS = [f"{title}, {whose}" for title in LOSSES.values() for whose in ("published", "ours")]
-PES = {"None": ("black", "learned vectors (gpt, gpt_v2)"),
+PES = {"learned": ("black", "learned vectors (gpt, gpt_v2)"),
        "randn": ("#e69f00", "fixed random vectors (randn)"),
        "sinpe": ("#0072b2", "sines and cosines (sinpe)"),
        "rope": ("#009e73", "rotations (rope)")}
@@ -31,7 +31,7 @@ LEVELS = {"pe_type": ["randn", "sinpe", "rope"], "n_embd": [384, 768], "n_head":
 SMALLER = {"n_embd": 4, "n_layer": 2}  # what sweep.sh --tiny divides by
 
 Run = namedtuple("Run", "experiment pe_type n_embd n_head n_layer")  # a small one stands for a large one
-GRID = {Run("gpt", "None", 384, 6, 6), Run("gpt_v2", "None", 384, 6, 6),
+GRID = {Run("gpt", "learned", 384, 6, 6), Run("gpt_v2", "learned", 384, 6, 6),
         *(Run("gpt_v3", *levels) for levels in product(*LEVELS.values()))}
 
 def fail(message, status=2):
