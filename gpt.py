@@ -277,6 +277,8 @@ def catch_signals(stops):
 
 def compile_blocks(model, data, config):
     """Compile each block in place: one graph serves all layers, and the weights keep their names."""
+    if not config.compile:
+        return
     start = data.new_zeros(config.batch_size)
     try:
         torch.compiler.reset()  # forget the models that a notebook compiled before
@@ -301,20 +303,48 @@ def training_step(model, optimizer, data, generator, config):
     loss.backward()
     optimizer.step()
 
-def read_clock(config):
-    """The time in seconds, once the device has finished its work."""
-    if config.device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+class Clock:
+    """Measures seconds; the device finishes its work first."""
+    def __init__(self, config):
+        self.device = config.device
+        self.last = time.perf_counter()
 
-def progress(step, train_s, eval_s, config):
+    def lap(self):
+        """Seconds since the last lap."""
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+        start = self.last
+        self.last = time.perf_counter()
+        return self.last - start
+
+def speed(step, train_s, eval_s, config):
     """Speed and remaining time, given the seconds of the training so far and of one evaluation."""
+    if step == 0:
+        return ""
     iter_s = train_s / step
     rate = config.batch_size * config.block_size / iter_s
-    speed = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
+    tokens = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
     left = config.max_iters - step
     eta = round(left * iter_s + math.ceil(left / config.eval_interval) * eval_s)
-    return f"{1e3 * iter_s:.2f} ms/iter, {speed} tok/s, eta {eta // 60}:{eta % 60:02}"
+    return f" | {1e3 * iter_s:.2f} ms/iter, {tokens} tok/s, eta {eta // 60}:{eta % 60:02}"
+
+def progress(text, config):
+    """Print text as a line, or on a terminal as the progress line, cut to its width."""
+    if on_terminal():
+        width = shutil.get_terminal_size().columns - 1
+        log(text[:width], config, end="")
+    else:
+        log(text, config)
+
+def announce(model, config):
+    mode = "compiled" if config.compile else "eager"
+    size = f"{count_parameters(model) / 1e6:.2f}M parameters"
+    log(f"{model.experiment}: {size}, {config.device}, {config.dtype}, {mode}", config)
+    if config.device == "cpu" and not config.compile and not config.tiny:
+        log("--tiny is a preset for a laptop", config)
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 def train(config, stops=None):
     """Train a GPT as the flags say, and report its losses -> model, chars (the text of each token).
@@ -323,57 +353,41 @@ def train(config, stops=None):
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     train_data, val_data, chars, crc32 = load_data(config)
-    if config.csv:
-        append_row(config.csv)  # a file that will not do is better reported now
-    if config.once and has_row(config, crc32):
-        log(f"nothing to do: {config.csv} has the row of this run", config)
-        sys.exit(0)
+    check_csv(config, crc32)
     model = GPT(config, len(chars)).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    params = sum(p.numel() for p in model.parameters())
-    mode = "compiled" if config.compile else "eager"
-    log(f"{model.experiment}: {params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, {mode}",
-        config)
-    if config.device == "cpu" and not config.compile and not config.tiny:
-        log("--tiny is a preset for a laptop", config)
-    if config.compile:
-        compile_blocks(model, train_data, config)
+    announce(model, config)
+    compile_blocks(model, train_data, config)
 
     curve = {}  # step: (train loss, val loss)
     train_s = 0.0  # seconds, without compiling and evaluation
-    started = read_clock(config)
+    clock = Clock(config)
     with catch_signals(stops):
         for step in range(config.max_iters + 1):
             if stops:
                 break
             if step % config.eval_interval == 0 or step == config.max_iters:
-                stopped = read_clock(config)
-                train_s += stopped - started
+                train_s += clock.lap()
                 train_loss = estimate_loss(model, train_data, config, stops)
                 val_loss = estimate_loss(model, val_data, config, stops)
+                eval_s = clock.lap()
                 if stops:
                     break
+                curve[step] = (train_loss, val_loss)
+                log(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                    f"{speed(step, train_s, eval_s, config)}", config)
                 if not math.isfinite(train_loss + val_loss):
                     fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
-                curve[step] = (train_loss, val_loss)
-                started = read_clock(config)
-                eval_s = started - stopped
-                line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if step:
-                    line += " | " + progress(step, train_s, eval_s, config)
-                log(line, config)
             elif step == 10 or step % 10 == 0 and on_terminal():
-                elapsed = train_s + read_clock(config) - started
-                line = f"step {step} | {progress(step, elapsed, eval_s, config)}"
-                width = shutil.get_terminal_size().columns - 1
-                log(line[:width], config, end="" if on_terminal() else "\n")
+                train_s += clock.lap()
+                progress(f"step {step}{speed(step, train_s, eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(model, optimizer, train_data, generator, config)
     if stops:
         warn(f"stopped at step {step}")
     else:
-        report(model, curve, train_s, params, crc32, config)
+        report(model, curve, train_s, crc32, config)
     return model.eval(), chars
 
 # --- Results ---------------------------------------------------------------------------------------------
@@ -386,7 +400,7 @@ def run_flags(config):
     names = vars(shaping_flags().parse_args([]))
     return " ".join(f"--{name} {getattr(config, name)}" for name in names)
 
-def report(model, curve, train_s, params, crc32, config):
+def report(model, curve, train_s, crc32, config):
     """Print the final losses, and append the row of the run to --csv."""
     train_loss, val_loss = curve[config.max_iters]
     best_iter = min(curve, key=lambda step: curve[step][1])
@@ -396,11 +410,21 @@ def report(model, curve, train_s, params, crc32, config):
     if config.csv:
         points = [f"{step}:{train:.4f}:{val:.4f}" for step, (train, val) in curve.items()]
         append_row(config.csv, vars(config) | dict(
-            experiment=model.experiment, pe_type="learned", train_loss=train_loss, val_loss=val_loss,
-            best_val_loss=best_val_loss, best_iter=best_iter, params=params, train_s=round(train_s, 2),
-            ms_per_iter=round(1e3 * train_s / config.max_iters, 3), torch=torch.__version__,
-            data=os.path.basename(config.data), data_crc32=crc32, flags=run_flags(config),
-            curve=" ".join(points)))
+            experiment=model.experiment,
+            pe_type="learned",
+            train_loss=train_loss,
+            val_loss=val_loss,
+            best_val_loss=best_val_loss,
+            best_iter=best_iter,
+            params=count_parameters(model),
+            train_s=round(train_s, 2),
+            ms_per_iter=round(1e3 * train_s / config.max_iters, 3),
+            torch=torch.__version__,
+            data=os.path.basename(config.data),
+            data_crc32=crc32,
+            flags=run_flags(config),
+            curve=" ".join(points),
+        ))
 
 def append_row(path, row=None):
     """Append row, a dict, to a CSV of COLUMNS; without a row, only see that the file will do.
@@ -424,11 +448,17 @@ def append_row(path, row=None):
     except (OSError, ValueError) as error:
         fail(f"--csv {path}: {error}; the row: {row}", 1 if row else 2)
 
-def has_row(config, crc32):
-    """Whether --csv has the row of this run: one of the same script, flags and text."""
+def check_csv(config, crc32):
+    """See that --csv will do. With --once, end here if it has the row of this script, flags and text."""
+    if not config.csv:
+        return
+    append_row(config.csv)
     run = dict(experiment=GPT.experiment, flags=run_flags(config), data_crc32=str(crc32))
     with open(config.csv, newline="", encoding="utf-8") as file:
-        return any(run.items() <= row.items() for row in csv.DictReader(file))
+        exists = any(run.items() <= row.items() for row in csv.DictReader(file))
+    if exists and config.once:
+        log(f"nothing to do: {config.csv} has the row of this run", config)
+        sys.exit(0)
 
 # --- Sample and main -------------------------------------------------------------------------------------
 def sample(model, chars, config):

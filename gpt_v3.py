@@ -549,7 +549,7 @@ def check_files(parser, args):
     args.save = args.save or args.resume
     if args.save and args.save != args.resume and os.path.lexists(args.save):
         parser.error(f"--save {args.save}: already exists; --resume {args.save} continues it")
-    if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):
+    if args.save and not os.access(os.path.dirname(os.path.abspath(args.save)), os.W_OK):
         parser.error(f"--save {args.save}: its folder does not exist or cannot be written to")
 
 def in_notebook():
@@ -606,6 +606,8 @@ def micro_batch_size(config):
 
 def compile_blocks(model, data, config):
     """Compile each block in place: one graph serves all layers, and the weights keep their names."""
+    if not config.compile:
+        return
     start = torch.zeros(micro_batch_size(config), dtype=torch.long, device=device_of(data))
     try:
         torch.compiler.reset()  # forget the models that a notebook compiled before
@@ -666,141 +668,138 @@ def training_step(step, replica, optimizers, data, generator, config):
             group["lr"] = get_lr(step, config) * group.get("lr_scale", 1)
         optimizer.step()
 
-def read_clock(config):
-    """The time in seconds, once the device has finished its work."""
-    if config.device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+class Clock:
+    """Measures seconds; the device finishes its work first."""
+    def __init__(self, config):
+        self.device = config.device
+        self.last = time.perf_counter()
 
-def progress(step, train_s, eval_s, config):
+    def lap(self):
+        """Seconds since the last lap."""
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+        start = self.last
+        self.last = time.perf_counter()
+        return self.last - start
+
+def speed(step, train_s, eval_s, config):
     """Speed and remaining time, given the seconds of the training so far and of one evaluation."""
+    if step == 0:
+        return ""
     iter_s = train_s / step
     rate = config.batch_size * config.block_size / iter_s
-    speed = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
+    tokens = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
     left = config.max_iters - step
     eta = round(left * iter_s + math.ceil(left / config.eval_interval) * eval_s)
-    return f"{1e3 * iter_s:.2f} ms/iter, {speed} tok/s, eta {eta // 60}:{eta % 60:02}"
+    return f" | {1e3 * iter_s:.2f} ms/iter, {tokens} tok/s, eta {eta // 60}:{eta % 60:02}"
+
+def progress(text, config):
+    """Print text as a line, or on a terminal as the progress line, cut to its width."""
+    if on_terminal():
+        width = shutil.get_terminal_size().columns - 1
+        log(text[:width], config, end="")
+    else:
+        log(text, config)
+
+def announce(model, config):
+    mode = "compiled" if config.compile else "eager"
+    size = f"{count_parameters(model) / 1e6:.2f}M parameters"
+    log(f"{model.experiment}: {size}, {config.device}, {config.dtype}, {mode}", config)
+    if config.device == "cpu" and not config.compile and not config.tiny and not config.resume:
+        log("--tiny is a preset for a laptop", config)
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 def train(config, stops=None):
     """Train a GPT as the flags say, and report its losses -> model, chars (the text of each token).
     Ctrl-C, SIGTERM or SIGHUP ends the training early, and is appended to stops, a list."""
     stops = [] if stops is None else stops
     rank, world = ranks()
-    if world > 1:
-        join_processes(config)
+    join_processes(config)
     torch.manual_seed(config.seed + rank)  # dropout differs between processes; the weights are the first's
     torch.set_float32_matmul_precision("high")
     path = config.resume or config.init_from
     saved = load_run(path) if path else None
     train_data, val_data, chars, crc32 = load_data(config, saved["chars"] if saved else None)
-    if config.csv:
-        append_row(config.csv)  # a file that will not do is better reported now
-    if config.once and has_row(config, crc32):
-        log(f"nothing to do: {config.csv} has the row of this run", config)
-        sys.exit(0)
+    check_csv(config, crc32)
     model = GPT(config, len(chars)).to(config.device)
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(device_of(train_data)).manual_seed(config.seed)
-    params = sum(p.numel() for p in model.parameters())
-    introduce(params, config)
-    if config.compile:
-        compile_blocks(model, train_data, config)
-    first = 0
-    curve = {}  # step: (train loss, val loss)
-    train_s = 0.0  # seconds, without compiling and evaluation
-    eval_s = 0.0  # seconds of the last evaluation
+    announce(model, config)
+    compile_blocks(model, train_data, config)
+    run = dict(step=0, train_s=0.0, curve={}, chars=chars, crc32=crc32)  # curve: {step: (train, val loss)}
     if saved:
         restore_model(model, saved, path)
     if config.resume:
-        if saved["crc32"] != crc32:
-            fail(f"--data {config.data} is not the text of the run in {path}; --init_from finetunes on it")
-        restore(saved, optimizers, generator, config)
-        first, curve, train_s = saved["step"], saved["curve"], saved["train_s"]
+        restore(run, saved, optimizers, generator, config)
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    def save():
-        state = dict(step=step, train_s=train_s, curve=curve, chars=chars, crc32=crc32)
-        save_run(state, model, optimizers, generator, config)
-
-    started = read_clock(config)
+    first = run["step"]
+    eval_s = 0.0  # seconds of the last evaluation
+    clock = Clock(config)
     with catch_signals(stops if rank == 0 else []):  # the first process decides for all
         for step in range(first, config.max_iters + 1):
+            run["step"] = step
             if stops:
                 break
             if step % config.eval_interval == 0 or step == config.max_iters:
-                stopped = read_clock(config)
-                train_s += stopped - started
+                run["train_s"] += clock.lap()
                 train_loss = estimate_loss(model, train_data, config, stops)
                 val_loss = estimate_loss(model, val_data, config, stops)
-                started = read_clock(config)
+                eval_s = clock.lap()
                 if stops:
                     break
                 if not math.isfinite(train_loss + val_loss):
                     fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
-                curve[step] = (train_loss, val_loss)
-                save()
-                started = read_clock(config)
-                eval_s = started - stopped
-                line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if step:
-                    line += " | " + progress(step, train_s, eval_s, config)
-                log(line, config)
+                run["curve"][step] = (train_loss, val_loss)
+                save_run(run, model, optimizers, generator, config)
+                log(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                    f"{speed(step, run['train_s'], eval_s, config)}", config)
+                clock.lap()  # saving is not training
             elif step == first + 10 or step % 10 == 0 and on_terminal():
-                elapsed = train_s + read_clock(config) - started
-                line = f"step {step} | {progress(step, elapsed, eval_s, config)}"
-                width = shutil.get_terminal_size().columns - 1
-                log(line[:width], config, end="" if on_terminal() else "\n")
+                run["train_s"] += clock.lap()
+                progress(f"step {step}{speed(step, run['train_s'], eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(step, replica, optimizers, train_data, generator, config)
-    if config.compile:
-        torch.compiler.set_stance("force_eager")  # what follows is short, or of many lengths
     if stops:
-        train_s += read_clock(config) - started
-        save()
-        message = f"stopped at step {step}"
-        if config.save:
-            message += f"; --resume {config.save} continues it"
-        warn(message)
-    elif rank == 0:
-        published = [None, None]
-        if config.csv:
-            published = [estimate_loss(model, data, config, attention_dropout=True)
-                         for data in (train_data, val_data)]
-        report(model, curve, train_s, params, crc32, published, config)
-    if world > 1 and not stops:
+        run["train_s"] += clock.lap()
+        save_run(run, model, optimizers, generator, config)
+        hint = f"; --resume {config.save} continues it" if config.save else ""
+        warn(f"stopped at step {step}{hint}")
+        return model.eval(), chars
+    if rank == 0:
+        report(model, train_data, val_data, run, config)
+    if world > 1:
         del replica  # before its process group, or their threads may wait for each other
         torch.distributed.destroy_process_group()
     return model.eval(), chars
 
 def join_processes(config):
-    """Join the processes that torchrun started, each with a GPU of its own."""
+    """Join the processes that torchrun started, if any; on cuda, each has a GPU of its own."""
+    if ranks()[1] == 1:
+        return
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-
-def introduce(params, config):
-    mode = "compiled" if config.compile else "eager"
-    log(f"{GPT.experiment}: {params / 1e6:.2f}M parameters, {config.device}, {config.dtype}, {mode}", config)
-    if config.device == "cpu" and not config.compile and not config.tiny and not config.resume:
-        log("--tiny is a preset for a laptop", config)
 
 # --- Saved runs ------------------------------------------------------------------------------------------
 def random_state(config):
     """The module that holds the state of the random numbers that dropout draws."""
     return {"cuda": torch.cuda, "mps": torch.mps}.get(config.device, torch)
 
-def save_run(state, model, optimizers, generator, config):
+def save_run(run, model, optimizers, generator, config):
     """Write a run to --save, and to FILE.best if its val loss is the lowest so far; a process that is killed
     meanwhile leaves the old file."""
     if not config.save or ranks()[0] > 0:
         return
-    curve = state["curve"]
+    curve = run["curve"]
     paths = [config.save]
-    if state["step"] == min(curve, key=lambda step: curve[step][1], default=None):
+    if run["step"] == min(curve, key=lambda step: curve[step][1], default=None):
         paths.append(f"{config.save}.best")
     flags = {name: getattr(config, name) for name in vars(shaping_flags().parse_args([]))}
     data = io.BytesIO()
-    torch.save(state | dict(
+    torch.save(run | dict(
         flags=flags | dict(data=config.data),
         model=model.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
@@ -840,27 +839,28 @@ def restore_model(model, saved, path):
     except Exception as error:
         fail(f"{path}: its weights do not fit its flags: {str(error).splitlines()[-1][:200]}")
 
-def restore(saved, optimizers, generator, config):
-    """Continue a saved run where it was: its optimizers and its random numbers."""
+def restore(run, saved, optimizers, generator, config):
+    """Continue a saved run where it was, with its optimizers and its random numbers."""
+    if saved["crc32"] != run["crc32"]:
+        fail(f"--data {config.data} is not the text of {config.resume}; --init_from finetunes on it")
+    if saved["step"] > config.max_iters:
+        fail(f"--max_iters {config.max_iters}: the run in {config.resume} is already at step {saved['step']}")
     try:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    except Exception as error:
-        fail(f"{config.resume}: its optimizer does not fit its weights: {error}")
-    try:
         generator.set_state(saved["generator"])
         random_state(config).set_rng_state(saved["rng"])
-    except Exception:
-        fail(f"{config.resume}: its random state is not of --device {config.device}")
-    if saved["step"] > config.max_iters:
-        fail(f"--max_iters {config.max_iters}: the run in {config.resume} is already at step {saved['step']}")
+    except Exception as error:  # of any type
+        fail(f"{config.resume}: its optimizer or random state does not fit --device {config.device}: {error}")
+    for name in ("step", "train_s", "curve"):
+        run[name] = saved[name]
     schedule = ["learning_rate", "warmup_iters", "min_lr"]
     if config.min_lr is not None:
         schedule.append("max_iters")  # where the cosine ends
-    changes = [f"--{name} {getattr(config, name)} instead of {saved['flags'][name]}" for name in schedule
-               if getattr(config, name) != saved["flags"][name]]
-    if changes:
-        log(f"the learning rate now follows {', '.join(changes)}", config)
+    for name in schedule:
+        if getattr(config, name) != saved["flags"][name]:
+            log(f"the learning rate now follows --{name} {getattr(config, name)}, not {saved['flags'][name]}",
+                config)
 
 def load(path, config=None):
     """Read the model of a saved run, ready to sample from -> model, chars (the text of each token)."""
@@ -881,22 +881,38 @@ def run_flags(config):
     return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in values.items()
                     if value is not None)
 
-def report(model, curve, train_s, params, crc32, published, config):
+def report(model, train_data, val_data, run, config):
     """Print the final losses, and append the row of the run to --csv."""
+    curve = run["curve"]
     train_loss, val_loss = curve[config.max_iters]
     best_iter = min(curve, key=lambda step: curve[step][1])
     best_val_loss = curve[best_iter][1]
     log(f"final: train loss {train_loss:.4f}, val loss {val_loss:.4f} "
         f"(best {best_val_loss:.4f} at step {best_iter})", config)
     if config.csv:
+        if config.compile:
+            torch.compiler.set_stance("force_eager")  # not worth compiling for once
+        published_train_loss = estimate_loss(model, train_data, config, attention_dropout=True)
+        published_val_loss = estimate_loss(model, val_data, config, attention_dropout=True)
         points = [f"{step}:{train:.4f}:{val:.4f}" for step, (train, val) in curve.items()]
         append_row(config.csv, vars(config) | dict(
-            experiment=model.experiment, pe_type=config.pe, train_loss=train_loss, val_loss=val_loss,
-            published_train_loss=published[0], published_val_loss=published[1],
-            best_val_loss=best_val_loss, best_iter=best_iter, params=params, train_s=round(train_s, 2),
-            ms_per_iter=round(1e3 * train_s / config.max_iters, 3), torch=torch.__version__,
-            data=os.path.basename(os.path.abspath(config.data)), data_crc32=crc32, flags=run_flags(config),
-            curve=" ".join(points)))
+            experiment=model.experiment,
+            pe_type=config.pe,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            published_train_loss=published_train_loss,
+            published_val_loss=published_val_loss,
+            best_val_loss=best_val_loss,
+            best_iter=best_iter,
+            params=count_parameters(model),
+            train_s=round(run["train_s"], 2),
+            ms_per_iter=round(1e3 * run["train_s"] / config.max_iters, 3),
+            torch=torch.__version__,
+            data=os.path.basename(os.path.abspath(config.data)),
+            data_crc32=run["crc32"],
+            flags=run_flags(config),
+            curve=" ".join(points),
+        ))
 
 def append_row(path, row=None):
     """Append row, a dict, to a CSV of COLUMNS; without a row, only see that the file will do.
@@ -920,11 +936,17 @@ def append_row(path, row=None):
     except (OSError, ValueError) as error:
         fail(f"--csv {path}: {error}; the row: {row}", 1 if row else 2)
 
-def has_row(config, crc32):
-    """Whether --csv has the row of this run: one of the same script, flags and text."""
+def check_csv(config, crc32):
+    """See that --csv will do. With --once, end here if it has the row of this script, flags and text."""
+    if not config.csv:
+        return
+    append_row(config.csv)
     run = dict(experiment=GPT.experiment, flags=run_flags(config), data_crc32=str(crc32))
     with open(config.csv, newline="", encoding="utf-8") as file:
-        return any(run.items() <= row.items() for row in csv.DictReader(file))
+        exists = any(run.items() <= row.items() for row in csv.DictReader(file))
+    if exists and config.once:
+        log(f"nothing to do: {config.csv} has the row of this run", config)
+        sys.exit(0)
 
 # --- Sample and main -------------------------------------------------------------------------------------
 def gpt2_tokenizer():
@@ -938,6 +960,8 @@ def gpt2_tokenizer():
 def sample(model, chars, config):
     """Print the prompt, or the first of chars, and what the model generates after it."""
     torch.manual_seed(config.seed)
+    if config.compile:
+        torch.compiler.set_stance("force_eager")  # each length is new, and not worth compiling for
     tokenizer = gpt2_tokenizer() if chars == GPT2_IDS else None
     pieces = config.prompt or chars[:1]
     if config.prompt and tokenizer:
@@ -948,7 +972,7 @@ def sample(model, chars, config):
         if piece not in chars:
             fail(f"--prompt: the model does not know {piece!r}")
     ids = [chars.index(piece) for piece in pieces]
-    idx = torch.tensor([ids] * config.num_samples, device=config.device)  # (num_samples, T)
+    idx = torch.tensor(ids, device=config.device).repeat(config.num_samples, 1)  # (num_samples, T)
     options = (config.max_new_tokens, config.temperature, config.top_k)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if config.num_samples == 1 and not tokenizer:

@@ -835,7 +835,7 @@ def test_a_resumed_run_says_when_its_schedule_changes_and_what_does_not_fit(save
     other = state["flags"] | {"n_embd": 32}
     wrong = {"flags": (state | {"flags": other}, "its weights do not fit its flags"),
              "new": (state | {"flags": other | {"frob": 1}}, "different flags"),
-             "optimizer": (state | {"optimizers": []}, "its optimizer does not fit")}
+             "optimizer": (state | {"optimizers": []}, "its optimizer or random state does not fit")}
     for content, message in wrong.values():
         torch.save(content, "bad.pt")
         assert refused(call(gpt_v3, "--resume bad.pt --device cpu"), "bad.pt", message)
