@@ -190,10 +190,13 @@ def attention_rows(flags):
         yield row
 
 # --- A training step -------------------------------------------------------------------------------------
+SCRIPTS = [gpt, gpt_v2, gpt_v3]
 RUNGS = {  # name: what is one graph ("step" captures compiled blocks), fused AdamW?, where this is no use
     "eager float32": (None, False, None), "+ bfloat16": (None, False, "float32"),
     "+ compile": ("block", False, None), "+ fused AdamW": ("block", True, None),
-    "+ whole model compiled": ("model", True, "cpu"), "compiled blocks + CUDA graph": ("step", True, "cpu")}
+    "+ combo kernels": ("combo", True, "cpu"), "+ whole model compiled": ("model", True, "cpu"),
+    "+ reduce-overhead": ("reduce", True, "cpu"), "compiled blocks + CUDA graphs": ("graphs", True, "cpu"),
+    "compiled blocks + CUDA graph of the step": ("step", True, "cpu")}
 
 def training_step(script, config, unit, fused):
     """A script's new model, a function that trains it for a step -> the loss, and what draws its batches."""
@@ -202,8 +205,9 @@ def training_step(script, config, unit, fused):
     model = script.GPT(config, len(chars)).to(config.device)
     flash = torch.backends.cuda.flash_sdp_enabled()
     model.forward = torch.autocast(config.device, torch.bfloat16, config.dtype == "bfloat16")(model.forward)
-    for module in [] if unit is None else [model] if unit == "model" else model.blocks:
-        module.compile()
+    for module in [] if unit is None else [model] if unit in ("model", "reduce") else model.blocks:
+        module.compile(options={"combo_kernels": True} if unit == "combo" else None,
+                       mode="reduce-overhead" if unit == "reduce" else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, capturable=unit == "step",
                                   fused=fused or None)  # None is PyTorch's choice: foreach on a GPU
     generator = torch.Generator(config.device).manual_seed(config.seed)
@@ -228,13 +232,14 @@ def capture(step, generator):
     graph.register_generator_state(generator)  # so that each replay draws another batch
     with torch.cuda.graph(graph):
         loss = step()  # stays where it is: a replay writes there
-    return lambda: graph.replay() or loss
+    return lambda step=step: graph.replay() or loss  # which keeps the model and the data of step alive
 
-def step_rows(flags):
-    """Yield a row to time for a step of each script on each rung; the first step is timed here.
+def step_rows(script, flags):
+    """Yield a row to time for a step of a script on each rung; the first step is timed here.
     FLOPs of a token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer."""
+    torch.compiler.reset()
     torch.compiler.config.force_disable_caches = True  # the first step as on a machine that never compiled it
-    for script, (rung, (unit, fused, no_use)) in itertools.product((gpt, gpt_v2, gpt_v3), RUNGS.items()):
+    for rung, (unit, fused, no_use) in RUNGS.items():
         config = script.parse_args(flags + ["--dtype=float32"] * (rung == "eager float32"))
         if no_use in (config.dtype, config.device):
             continue
@@ -245,6 +250,8 @@ def step_rows(flags):
                                   flops=6 * config.batch_size * config.block_size * weights)
         row["first_step_s"] = attempt(row, lambda: timeit.timeit(lambda: step().item(), number=1))
         row["peak_mib"] = attempt(row, lambda: peak_mib(step, config.device))  # a graph keeps as much
+        if unit == "graphs":
+            attempt(row, lambda: script.record_graphs(model, config))
         if unit == "step":
             row["call"] = attempt(row, lambda: capture(step, generator))
         yield row
@@ -332,9 +339,13 @@ def main():
     common = dict(device=torch.cuda.get_device_name() if args.device == "cuda" else cpu,
                   torch=torch.__version__, command=" ".join(["python bench.py", *sys.argv[1:]]))
     peaks, rows = {dtype: matmul_tflops(dtype, args.device) for dtype in DTYPES}, []
-    for flags in args.flags:
+    works = [functools.partial(step_rows, script) for script in SCRIPTS] if args.step else [attention_rows]
+    for flags, work in itertools.product(args.flags, works):
         print(*flags, file=sys.stderr)
-        new = list(step_rows(flags) if args.step else attention_rows(flags))
+        new = []
+        for row in work(flags):
+            print("{contender}, {case} {note}".format(**row), file=sys.stderr)
+            new.append(row)
         measure(new, peaks, args.rounds)
         rows += [row | common for row in new]
         if args.csv:  # each time: a run that is cut off keeps what it has

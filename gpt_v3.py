@@ -617,11 +617,23 @@ def compile_blocks(model, data, config):
         compute_loss(model, data, start, config).backward()
         with torch.no_grad():  # evaluation has a graph of its own
             compute_loss(model.eval(), data, start, config)
+        if config.device == "cuda" and config.grad_accum == 1 and ranks()[1] == 1:
+            record_graphs(model.train(), config)
     except Exception as error:  # no C++ compiler, no Triton, an old GPU
         warn(f"warning: continuing without --compile: {str(error).splitlines()[0]}")
         torch.compiler.set_stance("force_eager")
     model.train()
     model.zero_grad(set_to_none=True)
+
+def record_graphs(model, config):
+    """Record the forward and the backward pass of a training batch as CUDA graphs. Each is then launched at
+    once, not kernel by kernel, which takes the CPU longer than it takes the GPU to compute them."""
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # they come from another stream
+    x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=config.device)
+    y = x.clone()
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16",
+                        cache_enabled=False):
+        torch.cuda.make_graphed_callables(model, (x, y))
 
 def get_lr(step, config):
     """The learning rate of an iteration."""
@@ -762,6 +774,7 @@ def train(config, stops=None):
                 progress(f"step {step}{speed(step, run['train_s'], eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(step, replica, optimizers, train_data, generator, config)
+    vars(model).pop("forward", None)  # the CUDA graphs, which only compute batches of the training
     if stops:
         run["train_s"] += clock.lap()
         save_run(run, model, optimizers, generator, config)

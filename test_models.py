@@ -391,6 +391,34 @@ def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_back
               for mask in noise for axis, size in enumerate(shape)]
     assert max(map(abs, means)) < 5 / math.sqrt(7 / 8 * masks[0].numel())
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_script
+def test_cuda_graphs_train_like_the_eager_model_and_draw_new_masks(script):
+    flags = "--device cuda --dtype float32 --max_iters 12 --eval_interval 6 --csv r.csv --dropout"
+    for how in ("--compile", "--no-compile"):
+        good(script, QUICK, flags, 0, how)
+    graphs, eager = (float(row["train_loss"]) for row in rows("r.csv"))
+    assert graphs == pytest.approx(eager, abs=1e-3)
+    config = script.parse_args(words(QUICK, flags, 0.5))
+    data = tokens(500).cuda()
+    model = script.GPT(config, 11).cuda()
+    script.compile_blocks(model, data, config)
+    start = torch.zeros(config.batch_size, dtype=torch.long, device="cuda")
+    losses = {script.compute_loss(model, data, start, config).item() for _ in range(3)}
+    assert "forward" in vars(model) and len(losses) == 3  # dropout
+    assert script.estimate_loss(model, data, config) == script.estimate_loss(model, data, config)
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_resumed_run_on_cuda_draws_the_masks_and_batches_that_it_would_have_drawn():
+    flags = "--device cuda --dtype float32 --dropout 0.5 --eval_interval 4 --csv r.csv --max_iters"
+    good(gpt_v3, QUICK, flags, 8)
+    good(gpt_v3, QUICK, flags, 4, "--save run.pt")
+    good(gpt_v3, "--resume run.pt --max_iters 8 --csv r.csv --device cuda --max_new_tokens 0")
+    whole, _, resumed = (float(row["train_loss"]) for row in rows("r.csv"))
+    assert resumed == pytest.approx(whole, abs=1e-4)
+
 # --- Evaluation ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @each_script
@@ -466,7 +494,8 @@ def screen(folder, columns, *command, stop=None):
     """The lines on a terminal of so many columns when a script has ended -> lines, exit status."""
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, columns))
-    process = start(folder, *command, stdin=slave, stdout=slave, stderr=slave, text=False)
+    process = start(folder, *command, stdin=slave, stdout=slave, stderr=slave, text=False,
+                    env=dict(COLUMNS=columns))  # a shell may have told its own width
     os.close(slave)
     text = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -1231,7 +1260,7 @@ def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_a_step_is_timed_on_every_rung(device):
     _, out, _ = call(bench, SMALL, "--step --dtype bfloat16 --plot s.png --device", device)
-    rungs = list(bench.RUNGS)[:4 if device == "cpu" else 6]
+    rungs = list(bench.RUNGS)[:4 if device == "cpu" else 9]
     cases = [(row["contender"], row["case"]) for row in rows("a.csv") if float(row["ms"]) > 0]
     assert cases == list(itertools.product(("gpt", "gpt_v2", "gpt_v3"), rungs))
     assert "| gpt | gpt_v2 | gpt_v3 |" in out and Path("s.png").exists()
