@@ -275,7 +275,7 @@ def catch_signals(stops):
     return undo
 
 def compile_blocks(model, data, config):
-    """Compile each block in place: one graph serves all layers, and the weights keep their names."""
+    """Compile each block in place: all layers share the code, and the weights keep their names."""
     if not config.compile:
         return
     start = data.new_zeros(config.batch_size)
@@ -285,7 +285,7 @@ def compile_blocks(model, data, config):
         for block in model.blocks:
             block.compile()
         compute_loss(model, data, start, config).backward()
-        with torch.no_grad():  # evaluation has a graph of its own
+        with torch.no_grad():  # evaluation is compiled separately
             compute_loss(model.eval(), data, start, config)
         if config.device == "cuda":
             record_graphs(model.train(), config)

@@ -605,7 +605,7 @@ def micro_batch_size(config):
     return config.batch_size // config.grad_accum // ranks()[1]
 
 def compile_blocks(model, data, config):
-    """Compile each block in place: one graph serves all layers, and the weights keep their names."""
+    """Compile each block in place: all layers share the code, and the weights keep their names."""
     if not config.compile:
         return
     start = torch.zeros(micro_batch_size(config), dtype=torch.long, device=device_of(data))
@@ -615,7 +615,7 @@ def compile_blocks(model, data, config):
         for block in model.blocks:
             block.compile()
         compute_loss(model, data, start, config).backward()
-        with torch.no_grad():  # evaluation has a graph of its own
+        with torch.no_grad():  # evaluation is compiled separately
             compute_loss(model.eval(), data, start, config)
         if config.device == "cuda" and config.grad_accum == 1 and ranks()[1] == 1:
             record_graphs(model.train(), config)
@@ -727,8 +727,7 @@ def train(config, stops=None):
     """Train a GPT as the flags say, and report its losses -> model, chars (the text of each token).
     Ctrl-C, SIGTERM or SIGHUP ends the training early, and is appended to stops, a list."""
     stops = [] if stops is None else stops
-    rank, world = ranks()
-    join_processes(config)
+    rank, world = join_processes(config)
     torch.manual_seed(config.seed + rank)  # dropout differs between processes; the weights are the first's
     torch.set_float32_matmul_precision("high")
     path = config.resume or config.init_from
@@ -789,12 +788,14 @@ def train(config, stops=None):
     return model.eval(), chars
 
 def join_processes(config):
-    """Join the processes that torchrun started, if any; on cuda, each has a GPU of its own."""
-    if ranks()[1] == 1:
-        return
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    """Join the processes that torchrun started, if any; on cuda, each has a GPU of its own.
+    -> the rank of this process, and the number of processes."""
+    rank, world = ranks()
+    if world > 1:
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    return rank, world
 
 # --- Saved runs ------------------------------------------------------------------------------------------
 def random_state(config):
