@@ -13,7 +13,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --laptop) widths="96 192" depths="3 4 6" # text, batch and parameters are 1/32 of the published
             preset=(--data "$here/results/laptop.txt" --batch_size 8 --block_size 64 --max_iters 5000
-                --eval_interval 500 --eval_iters 60 --learning_rate 1e-3) ;;
+                --eval_interval 500 --eval_iters 60 --learning_rate 5e-4 --dropout 0.06) ;;
         --csv) shift; csv=${1:-} ;;
         --only) shift; only=${1:-} ;;
         --dry-run) dry_run=yes ;;
