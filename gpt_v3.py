@@ -833,9 +833,12 @@ def save_run(run, model, optimizers, generator, config):
 def load_run(path):
     """Read what save_run wrote, into memory; nothing in it is executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            data = io.BytesIO(file.read())
     except OSError as error:
         fail(f"{path}: {error.strerror}")
+    try:
+        state = torch.load(data, map_location="cpu", weights_only=True)
     except Exception:  # of many types
         fail(f"{path}: not a file that --save wrote, or damaged")
     names = "step train_s curve chars crc32 flags model optimizers generator rng".split()

@@ -1,127 +1,105 @@
-"""Tests of the scripts, the sweep, the report and the benchmark.
+"""Tests of the scripts, the sweep, the report and the benchmark, in the order of the README.
 
-    python -m pytest                  all of them, three minutes on two cores
-    python -m pytest -m "not slow"    the quick ones
+    python -m pytest -n 2                  all of them, in less than four minutes on two cores
+    python -m pytest -n 2 -m "not slow"    the quick ones, in less than one
+    python -m pytest -k rope               those of one promise: mask, cache, best, schedule, resume, csv, ...
 """
-import contextlib, csv, difflib, functools, importlib.util, io, itertools, math, multiprocessing, os, pickle
-import random, re, resource, shlex, shutil, signal, subprocess, sys, termios, threading, time, warnings, zlib
-from concurrent.futures import ThreadPoolExecutor
+import contextlib, csv, difflib, importlib.util, io, itertools, math, multiprocessing, os, pickle, random, re
+import resource, shlex, shutil, signal, subprocess, sys, termios, time, types, zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is tested is too small for two
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more
 import hypothesis, pytest, torch
-from hypothesis import strategies as some
+from hypothesis import strategies
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench, gpt, gpt_v2, gpt_v3
 
 ROOT = Path(__file__).parent
-TEXT = (ROOT / "input.txt").read_text()[:20000]
 SCRIPTS = [gpt, gpt_v2, gpt_v3]
-ENCODINGS = list(itertools.product(("randn", "sinpe", "rope"), ("input", "qk")))
-KINDS = list(itertools.product(("mha", "mqa", "gqa", "mla"), ("gelu", "vq")))
+TEXT = (ROOT / "input.txt").read_text()[:20000]
+CHARS = sorted(set(TEXT))
 QUICK = """--batch_size 4 --block_size 8 --n_embd 16 --n_head 2 --n_layer 2 --max_iters 4 --eval_interval 2
     --eval_iters 2 --max_new_tokens 20 --device cpu"""  # a run of a moment
 
-warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to declare them in
-pytestmark = pytest.mark.filterwarnings(*(
-    f"ignore:.*{word}" for word in ("torch.jit", "[Uu]npickler", "non-tuple", "autocast")))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
+    pytest.mark.filterwarnings("ignore:.*[Uu]npickler"),
+    pytest.mark.filterwarnings("ignore:.*non-tuple"),
+    pytest.mark.filterwarnings("ignore:.*autocast"),
+]
 slow = pytest.mark.slow  # more than a few seconds
-cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-name_of = lambda value: getattr(value, "__name__", str(value))
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-each_encoding = pytest.mark.parametrize("pe,pe_at", ENCODINGS)
+on_gpu = pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=["gpt", "gpt_v2", "gpt_v3"])
+each_device = pytest.mark.parametrize("device", ["cpu", on_gpu])
+each_pe = pytest.mark.parametrize("pe", ["randn", "sinpe", "rope"])
+each_pe_at = pytest.mark.parametrize("pe_at", ["input", "qk"])
+each_attn = pytest.mark.parametrize("attn", ["mha", "mqa", "gqa", "mla"])
+each_mlp = pytest.mark.parametrize("mlp", ["gelu", "vq"])
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """A test is in a folder of its own, with a short text, and leaves PyTorch's switches as they were."""
+def folder(tmp_path, monkeypatch):
+    """Each test has a folder with a short text, and leaves the switches of PyTorch as they were."""
     monkeypatch.chdir(tmp_path)
     Path("input.txt").write_text(TEXT)
-    yield
+    yield tmp_path
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     torch.set_float32_matmul_precision("highest")
 
-@pytest.fixture(scope="session", autouse=True)
-def started(request, tmp_path_factory):
-    """The work of tests that are beside the others: {name: its future}."""
-    pool = ThreadPoolExecutor(1)
-    yield {item.name: pool.submit(item.function.work, tmp_path_factory.mktemp("beside"))
-           for item in request.session.items if hasattr(item.function, "work")}
-    pool.shutdown(cancel_futures=True)
-
-def beside(work):
-    """A test that waits for processes: it begins with the first test, beside the others, in a folder with a
-    short text. What it returns is called in its place."""
-    def test(started, request):
-        (started[request.node.name].result() or str)()
-    test.work = lambda folder: (folder / "input.txt").write_text(TEXT) and work(folder)
-    return test
-
-def words(*flags):
+def split(*flags):
     return shlex.split(" ".join(map(str, flags)))
 
-class Output(io.StringIO):
-    """Standard output that does something, once, when a text with a certain word is written to it."""
-    def __init__(self, word="", do=None, terminal=False):
-        super().__init__()
-        self.word, self.do, self.calls, self.isatty = word, do, [], lambda: terminal
-        self.flush = lambda: self.calls.append("flush")
-
-    def write(self, text):
-        self.calls.append(text)
-        super().write(text)
-        if self.do and self.word in text:
-            self.do, do = None, self.do
-            do()
-
-def call(script, *flags, out=None):
+def run(script, *flags):
     """Run a script in this process -> exit status, standard output, standard error."""
-    status, out, err = 0, out or Output(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *words(*flags)])
+    status = 0
+    out = io.StringIO()
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *split(*flags)])
         try:
             script.main()
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
 
-def good(*args, **more):
-    """The standard output of a call that ends well."""
-    status, out, err = call(*args, **more)
+def succeed(script, *flags):
+    """Run a script that has to end well, without a word on standard error -> its standard output."""
+    status, out, err = run(script, *flags)
     assert (status, err) == (0, "")
     return out
 
-def refused(result, *parts, status=2):
-    """Whether a run ended as it has to when it cannot go on: with a line that has these parts."""
-    line = re.fullmatch(r"[\w.]+: (error: |stopped ).*\n", result[2])
-    return result[0] == status and bool(line) and all(str(part) in result[2] for part in parts)
+def refuse(script, *flags, says=(), status=2):
+    """Run a script that has to end with one line on standard error, with these words in it -> the line."""
+    result, out, err = run(script, *flags)
+    assert result == status, err
+    assert re.fullmatch(r"[\w.]+: (error: |stopped ).*\n", err), err
+    for word in says:
+        assert str(word) in err
+    assert status != 2 or "step" not in out  # what is wrong is said before the training
+    return err
 
 def train(script, *flags):
     """The model that a script trains."""
     with redirect_stdout(io.StringIO()):
-        return script.train(script.parse_args(words(QUICK, *flags)))[0]
+        model, chars = script.train(script.parse_args(split(QUICK, *flags)))
+    return model
 
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+def start(*command, **options):
+    """Start Python with a command line, its output into pipes."""
+    return subprocess.Popen([sys.executable, *split(*command)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
 
-def start(folder, *command, env=(), **more):
-    """Start Python with a command line in a folder, its output into pipes."""
-    env = os.environ | {name: str(value) for name, value in dict(env).items()}
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=folder) | more
-    return subprocess.Popen([sys.executable, *words(*command)], **options)
-
-def end(process, seconds=120):
+def finish(process):
     """Wait for a process -> exit status, standard output, standard error."""
-    out, err = process.communicate(timeout=seconds)
+    out, err = process.communicate(timeout=180)
     return process.returncode, out, err
 
-def until(condition, process):
-    """Wait for a condition while a process runs."""
+def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -130,61 +108,78 @@ def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
-def losses(path):
-    """Of the rows of a CSV what has to be the same when a run is repeated."""
-    same = "experiment pe_type params data_crc32 flags curve".split()
-    return [[cell for name, cell in row.items() if name in same or "loss" in str(name)] for row in rows(path)]
+def result(row):
+    """Of a row, what has to be the same when the run is repeated."""
+    names = "experiment pe_type train_loss val_loss best_val_loss best_iter published_val_loss flags curve"
+    return [row[name] for name in names.split()]
 
-def files(folder="."):
-    return {path: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+def files():
+    return {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
 
-# --- The files -------------------------------------------------------------------------------------------
+# --- The three files -------------------------------------------------------------------------------------
 def sections(name):
     """{title: text} of a script, cut at its rulers; "" is what comes before the first."""
     parts = re.split(r"^# --- (.+?) -+\n", (ROOT / name).read_text(), flags=re.M)
-    return dict(zip(["", *parts[1::2]], parts[::2]))
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2]))
 
 def test_the_text_is_tiny_shakespeare():
-    assert zlib.crc32((ROOT / "input.txt").read_bytes()) == 3747689809
-    assert (ROOT / "results/laptop.txt").read_bytes() == (ROOT / "input.txt").read_bytes()[:32768]
+    text = (ROOT / "input.txt").read_bytes()
+    assert zlib.crc32(text) == 3747689809
+    assert (ROOT / "results/laptop.txt").read_bytes() == text[:32768]
 
-def test_the_scripts_have_the_same_sections_and_gpt_v2_differs_in_docstring_and_model_by_at_most_24_lines():
-    one, two, three = (sections(f"{script.__name__}.py") for script in SCRIPTS)
-    titles = [title for title in three if title != "Saved runs"]
-    assert list(one) == list(two) == titles and len(one) == 8
-    one[""], two[""] = one[""].split('"""')[2], two[""].split('"""')[2]
-    assert [title for title in one if one[title] != two[title]] == ["Model"]
-    lines = difflib.ndiff(*((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")))
-    assert sum(line[0] in "+-" for line in lines) <= 24
+def test_gpt_and_gpt_v2_differ_in_docstring_and_model_alone_and_the_readme_shows_how():
+    one = sections("gpt.py")
+    two = sections("gpt_v2.py")
+    assert one.pop("").split('"""')[2] == two.pop("").split('"""')[2]
+    assert one.pop("Model") != two.pop("Model")
+    assert one == two
+    lines = [(ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py")]
+    diff = list(difflib.unified_diff(*lines, "gpt.py", "gpt_v2.py", lineterm="", n=0))
+    assert len([line for line in diff[2:] if line[0] in "+-" and line[1:].strip()]) <= 24
+    assert "```diff\n" + "\n".join(diff) + "\n```" in (ROOT / "README.md").read_text()
+
+def test_the_three_scripts_have_the_same_sections_in_the_same_order():
+    titles = list(sections("gpt_v3.py"))
+    titles.remove("Saved runs")
+    assert titles == list(sections("gpt.py")) and len(titles) == 8
 
 @pytest.mark.parametrize("name", "gpt.py gpt_v2.py gpt_v3.py sweep.sh bench.py test_models.py".split())
 def test_the_lines_of_a_file_fit_a_projector(name):
-    assert max(map(len, (ROOT / name).read_text().splitlines())) <= 110
+    assert max(len(line) for line in (ROOT / name).read_text().splitlines()) <= 110
 
-@beside
-def test_an_import_does_nothing_and_needs_no_compiler(folder):
+def test_an_import_has_no_side_effects(folder):
     code = """import sys, torch; state = torch.get_rng_state(); import gpt, gpt_v2, gpt_v3
 assert torch.equal(state, torch.get_rng_state()) and 'torch._dynamo' not in sys.modules"""
-    before, env = files(folder), {"PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": 1}
-    assert end(start(folder, "-c", shlex.quote(code), env=env)) == (0, "", "") and files(folder) == before
+    before = files()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert finish(start("-c", shlex.quote(code), env=env)) == (0, "", "")
+    assert files() == before
 
-@beside
-def test_help_needs_neither_a_cache_folder_nor_docstrings(folder):
+def test_help_needs_neither_a_cache_folder_nor_docstrings():
     names = "TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR XDG_CACHE_HOME HOME TMPDIR".split()
-    env = dict.fromkeys(names, "/dev/null/nowhere")
-    status, out, err = end(start(folder, "-OO", ROOT / "gpt.py", "--help", env=env))
-    assert (status, err) == (0, "") and "--learning_rate" in out
+    env = os.environ | dict.fromkeys(names, "/dev/null/nowhere")
+    status, out, err = finish(start("-OO", ROOT / "gpt.py", "--help", env=env))
+    assert (status, err) == (0, "")
+    for group in ("model:", "training:", "run:", "--learning_rate"):
+        assert group in out
+
+@slow
+@each_script
+def test_a_script_copied_alone_runs_and_outlives_a_reader_that_has_left(script):
+    """As in `python gpt.py --csv r.csv | head -n 3`."""
+    shutil.copy(script.__file__, ".")
+    command = f"{sys.executable} {script.__name__}.py {QUICK} --max_iters 100 --csv r.csv | head -n 3"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command.replace("\n", " ")], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.count(b"\n") == 3
+    assert len(rows("r.csv")) == 1
 
 # --- The models ------------------------------------------------------------------------------------------
-def settings(**fields):
-    return SimpleNamespace(**dict(block_size=12, n_embd=48, n_head=4, n_layer=2, dropout=0.0, pe="sinpe",
-                                  pe_at="input", attn="mha", n_kv_head=2, kv_rank=10, mlp="gelu", codebook=7,
-                                  device="cpu", dtype="float32") | fields)
-
 def make(script, seed=0, **fields):
     """A small model in float64, its weights large enough for attention to matter."""
+    config = dict(block_size=12, n_embd=48, n_head=4, n_layer=2, dropout=0.0, pe="sinpe", pe_at="input",
+                  attn="mha", n_kv_head=2, kv_rank=10, mlp="gelu", codebook=7, device="cpu", dtype="float32")
     torch.manual_seed(seed)
-    model = script.GPT(settings(**fields), 11).double()
+    model = script.GPT(types.SimpleNamespace(**config | fields), 11).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -193,431 +188,794 @@ def make(script, seed=0, **fields):
 def tokens(*shape):
     return torch.randint(11, shape, generator=torch.Generator().manual_seed(1))
 
-def test_gpt_and_gpt_v2_are_the_same_function_of_the_same_weights():
-    one, two, x = make(gpt), make(gpt_v2, seed=1), tokens(3, 12)
-    two.load_state_dict(one.state_dict())
-    torch.testing.assert_close(one(x)[0], two(x)[0])
-    torch.testing.assert_close(*(torch.autograd.grad(model(x, x.flip(0))[1], [*model.parameters()])
-                                 for model in (one, two)))
+def attention(q, k, v):
+    """Causal attention of one head (Vaswani et al. 2017), by its formula: (B, T, hs) -> (B, T, hs)."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    mask = torch.ones(scores.shape[-2:]).tril().bool()
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
-@pytest.mark.parametrize("attn,kv_heads", [("mha", 4), ("gqa", 2), ("mqa", 1)])
-@each_encoding
-def test_attention_of_gpt_v3_is_the_one_written_out(pe, pe_at, attn, kv_heads):
-    attention = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn).blocks[0].attn
-    turn = attention.pe if pe_at == "qk" else lambda x: x
+@pytest.mark.parametrize("script", [gpt, gpt_v2], ids=["gpt", "gpt_v2"])
+def test_the_model_of_the_lecture_is_its_formula(script):
+    model = make(script)
+    x = tokens(3, 10)
+    h = model.token_embedding_table.weight[x] + model.position_embedding_table.weight[:10]
+    for block in model.blocks:
+        y = block.ln1(h)
+        heads = [attention(head.query(y), head.key(y), head.value(y)) for head in block.sa.heads]
+        h = h + block.sa.proj(torch.cat(heads, dim=-1))
+        up, _, down, _ = block.ffwd.net
+        h = h + down(up(block.ln2(h)).relu())
+    assert_logits(model, x, model.ln_f(h) @ model.lm_head.weight.T + model.lm_head.bias)
+
+def assert_logits(model, x, expected):
+    """A model must return these logits, and their cross-entropy as its loss."""
+    targets = x.flip(0)
+    logits, loss = model(x, targets)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(loss, -expected.log_softmax(-1).gather(-1, targets[..., None]).mean())
+    assert model(x)[1] is None
+
+@each_pe
+@each_pe_at
+@each_mlp
+def test_gpt_v3_is_its_formula(pe, pe_at, mlp):
+    model = make(gpt_v3, pe=pe, pe_at=pe_at, mlp=mlp)
+    x = tokens(3, 10)
+    h = model.wte.weight[x]
+    if pe_at == "input":
+        h = model.pe(h)
+    for block in model.blocks:
+        h = h + block.attn(block.ln_1(h))
+        y = block.ln_2(h)
+        if mlp == "gelu":
+            h = h + block.mlp.c_proj(F.gelu(block.mlp.c_fc(y), approximate="tanh"))
+        else:  # attention of each head to its codebook
+            q, codes = heads_of(y, 4), block.mlp.codebook
+            h = h + joined((q @ codes.mT / math.sqrt(12)).softmax(-1) @ codes)
+    assert_logits(model, x, model.ln_f(h) @ model.lm_head.weight.T)
+
+def heads_of(x, n):
+    """(B, T, n hs) -> (B, n, T, hs)"""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+def joined(heads):
+    """(B, n, T, hs) -> (B, T, n hs)"""
+    return heads.transpose(1, 2).flatten(2)
+
+@each_pe
+@each_pe_at
+@pytest.mark.parametrize("attn,n", [("mha", 4), ("gqa", 2), ("mqa", 1)])
+def test_mqa_and_gqa_are_attention_with_repeated_keys_and_values(pe, pe_at, attn, n):
+    layer = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn).blocks[0].attn
+    encode = layer.pe or torch.nn.Identity()
     x = torch.randn(2, 12, 48, dtype=torch.double)
-    out, qkv = torch.empty_like(x), x @ attention.c_attn.weight.T + attention.c_attn.bias
-    assert qkv.shape[-1] == 48 + 24 * kv_heads
-    for b, h in itertools.product(range(2), range(4)):
-        kv = h * kv_heads // 4  # the head of keys and values
-        q, k, v = (qkv[b, :, 12 * head:12 * head + 12] for head in (h, 4 + kv, 4 + kv_heads + kv))
-        q, k = turn(q), turn(k)
-        for t in range(12):
-            out[b, t, 12 * h:12 * h + 12] = torch.softmax(k[:t + 1] @ q[t] / 12 ** 0.5, dim=0) @ v[:t + 1]
-    torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
+    q, k, v = layer.c_attn(x).split([48, 12 * n, 12 * n], dim=-1)
+    k = encode(heads_of(k, n)).repeat_interleave(4 // n, dim=1)
+    v = heads_of(v, n).repeat_interleave(4 // n, dim=1)
+    y = joined(attention(encode(heads_of(q, 4)), k, v))
+    torch.testing.assert_close(layer(x), layer.c_proj(y))
 
-@each_encoding
-def test_latent_attention_is_the_one_written_out(pe, pe_at):
-    attention, own = make(gpt_v3, pe=pe, pe_at=pe_at, attn="mla").blocks[0].attn, 6 * (pe_at == "qk")
-    turn = attention.pe if own else lambda x: x
+@each_pe
+@each_pe_at
+def test_mla_is_attention_to_keys_and_values_of_a_latent(pe, pe_at):
+    layer = make(gpt_v3, pe=pe, pe_at=pe_at, attn="mla").blocks[0].attn
+    encode = layer.pe or torch.nn.Identity()
+    extra = 6 if pe_at == "qk" else 0  # channels for the position
     x = torch.randn(2, 12, 48, dtype=torch.double)
-    queries, latents, out = x @ attention.c_q.weight.T, x @ attention.c_latent.weight.T, torch.empty_like(x)
-    for b, h in itertools.product(range(2), range(4)):
-        q = queries[b, :, (12 + own) * h:(12 + own) * (h + 1)]
-        kv = attention.ln_latent(latents[b, :, :10]) @ attention.c_kv.weight.T
-        k, v = kv[:, 12 * h:12 * h + 12], kv[:, 48 + 12 * h:48 + 12 * h + 12]
-        scores = (q[:, :12] @ k.T + turn(q[:, 12:]) @ turn(latents[b, :, 10:]).T) / (12 + own) ** 0.5
-        scores += torch.full((12, 12), -math.inf).triu(1)
-        out[b, :, 12 * h:12 * h + 12] = torch.softmax(scores, dim=-1) @ v
-    torch.testing.assert_close(attention(x), out @ attention.c_proj.weight.T + attention.c_proj.bias)
+    q, q_pe = heads_of(layer.c_q(x), 4).split([12, extra], dim=-1)
+    latent, k_pe = layer.c_latent(x).split([10, extra], dim=-1)
+    k, v = layer.c_kv(layer.ln_latent(latent)).split(48, dim=-1)
+    k_pe = encode(k_pe)[:, None].expand(2, 4, 12, extra)
+    q = torch.cat((q, encode(q_pe)), dim=-1)
+    k = torch.cat((heads_of(k, 4), k_pe), dim=-1)
+    torch.testing.assert_close(layer(x), layer.c_proj(joined(attention(q, k, heads_of(v, 4)))))
 
-def test_vq_is_attention_to_a_codebook_in_each_head():
-    vq, x = make(gpt_v3, mlp="vq").blocks[0].mlp, torch.randn(2, 5, 48, dtype=torch.double)
-    heads = [part @ codes.T / 12 ** 0.5 for part, codes in zip(x.split(12, dim=-1), vq.codebook)]
-    expected = [torch.softmax(scores, dim=-1) @ codes for scores, codes in zip(heads, vq.codebook)]
-    torch.testing.assert_close(vq(x), torch.cat(expected, dim=-1))
+def encoding(pe, T, C):
+    return make(gpt_v3, pe=pe, block_size=T, n_embd=C, n_head=1).pe
 
-def test_positional_encodings_are_their_formulas_and_rope_makes_scores_of_distances():
-    table = lambda pe, T, C: make(gpt_v3, pe=pe, n_head=1, n_layer=1, block_size=T, n_embd=C).float().pe
-    x, t = torch.randn(2, 5, 6), torch.arange(5)[:, None]
-    sin, rope, randn = (table(pe, 9, 6)(x) for pe in ("sinpe", "rope", "randn"))
-    angle = t * torch.tensor([10000 ** (-2 * i / 6) for i in range(3)])
-    wave = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (5, 3, 2)
-    torch.testing.assert_close(sin, x + wave.flatten(1))
-    turned = torch.view_as_complex(x.view(2, 5, 3, 2)) * torch.exp(1j * angle)
-    torch.testing.assert_close(rope, torch.view_as_real(turned).flatten(2))
-    torch.testing.assert_close((randn - x)[0], (randn - x)[1])  # the same for every sequence
-    noise = table("randn", 1000, 64)(torch.zeros(1000, 64))
-    assert abs(noise.std() - 0.02) < 2e-4 and abs(noise.mean()) < 5e-4
-    q, k = (table("rope", 64, 16)(row.expand(64, 16)) for row in torch.randn(2, 16))
-    one, two = ((q @ k.T).diagonal(distance) for distance in (-5, 7))
-    assert one.std() < 1e-4 and two.std() < 1e-4 < abs(one[0] - two[0])
+def test_sinpe_adds_and_rope_rotates_by_the_angles_of_their_papers():
+    x = torch.randn(2, 5, 6, dtype=torch.double)
+    angle = torch.arange(5)[:, None] * 10000 ** (-torch.tensor([0, 2, 4]) / 6)
+    wave = torch.stack((angle.sin(), angle.cos()), dim=-1)
+    torch.testing.assert_close(encoding("sinpe", 9, 6)(x), x + wave.flatten(1))
+    rotated = torch.view_as_complex(x.unflatten(-1, (3, 2))) * torch.exp(1j * angle)
+    torch.testing.assert_close(encoding("rope", 9, 6)(x), torch.view_as_real(rotated).flatten(-2))
 
-@pytest.mark.parametrize("script,fields", [(gpt, {}), (gpt_v2, {}), *(
-    (gpt_v3, dict(pe=pe, pe_at=pe_at, attn=attn, mlp=mlp)) for (pe, pe_at), (attn, mlp) in
-    zip([*ENCODINGS, *ENCODINGS], KINDS * 2))], ids=name_of)
-def test_a_token_sees_all_before_it_and_none_after(script, fields):
-    model, x = make(script, **fields), tokens(1, 12)
+def test_rope_makes_scores_depend_on_the_distance_alone():
+    rope = encoding("rope", 64, 16)
+    q, k = torch.randn(2, 1, 16, dtype=torch.double).expand(2, 64, 16)
+    scores = rope(q) @ rope(k).T
+    assert scores.diagonal(7).std() < 1e-5 < 0.1 < scores.std()
+
+def test_randn_adds_small_noise_that_is_the_same_for_every_sequence():
+    noise = encoding("randn", 1000, 64)(torch.zeros(2, 1000, 64))
+    assert torch.equal(noise[0], noise[1])
+    assert noise.std().item() == pytest.approx(0.02, abs=2e-4)
+
+@each_script
+def test_the_mask_of_every_script_hides_what_comes_later(script):
+    assert_causal(make(script))
+
+@each_pe
+@each_pe_at
+@each_attn
+@each_mlp
+def test_the_mask_of_every_variant_hides_what_comes_later(pe, pe_at, attn, mlp):
+    assert_causal(make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn, mlp=mlp))
+
+def assert_causal(model):
+    """Each token changes the logits of all tokens from its own on, and of none before."""
+    x = tokens(1, 12)
+    logits, _ = model(x)
     for t in range(12):
         other = x.clone()
         other[0, t] = (x[0, t] + 1) % 11
-        changed = (model(other)[0] - model(x)[0]).abs().amax(dim=(0, 2))
-        assert changed[:t].sum() < 1e-12 and changed[t:].amin() > 1e-6
+        changes = (model(other)[0] - logits).abs().amax(dim=(0, 2))
+        assert changes[:t].sum() < 1e-12 and changes[t:].min() > 1e-6
 
 @each_script
-def test_initial_weights_and_loss(script):
+def test_weights_start_small_biases_at_zero_and_the_loss_at_that_of_a_guess(script):
     torch.manual_seed(0)
-    model = script.GPT(settings(block_size=64, n_embd=128, n_head=4, pe="rope", pe_at="qk"), 65)
+    model = script.GPT(script.parse_args(["--device", "cpu"]), 65)
     for name, p in model.named_parameters():
-        if "bias" in name:
-            assert torch.all(p == 0), name
-        elif "ln" not in name:
-            assert abs(p.std() - 0.02) < 2e-3 and abs(p.mean()) < 2e-3, name
-    assert abs(model(x := torch.randint(65, (4, 64)), x.flip(0))[1].item() - math.log(65)) < 0.1
-    assert (model.lm_head.bias is None) == (script is gpt_v3)
+        if p.ndim == 1:
+            assert torch.all(p == ("ln" in name and "weight" in name)), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, abs=1e-3), name
+    _, loss = model(torch.randint(65, (2, 64)), torch.randint(65, (2, 64)))
+    assert loss.item() == pytest.approx(math.log(65), abs=0.1)
 
-def test_the_weights_of_gpt_v3_keep_their_names_and_only_randn_saves_a_table():
-    block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
-    layers = [*(f"blocks.0.{name}" for name in block), "ln_f"]
-    pairs = [f"{name}.{end}" for name in layers for end in ("weight", "bias")]
-    weights = ["wte.weight", *pairs, "lm_head.weight"]
-    for pe, pe_at in ENCODINGS:
-        model = make(gpt_v3, n_layer=1, pe=pe, pe_at=pe_at)
-        saved = [] if pe != "randn" else ["pe.table"] if pe_at == "input" else ["blocks.0.attn.pe.table"]
-        assert sorted(model.state_dict()) == sorted(weights + saved)
-        assert [name for name, _ in model.named_parameters()] == weights  # no table is trained
-
-@each_script
-def test_the_alphabet_is_learnt_by_heart(script):
-    Path("input.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)
-    good(script, QUICK, "--max_iters 150 --eval_interval 150 --learning_rate 1e-2 --dropout 0 --csv r.csv")
-    assert float(rows("r.csv")[0]["val_loss"]) < 0.02
-
-@each_encoding
-@pytest.mark.parametrize("attn,mlp", KINDS)
-def test_a_cache_changes_no_logit_and_keeps_no_more_than_it_has_to(pe, pe_at, attn, mlp):
-    """However the tokens are split into calls."""
-    model, x = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn, mlp=mlp).eval(), tokens(2, 12)
-    expected = model(x)[0]
+# --- Sampling --------------------------------------------------------------------------------------------
+@each_pe
+@each_pe_at
+@each_attn
+def test_a_cache_changes_no_logit_however_the_tokens_are_split_and_holds_what_it_must(pe, pe_at, attn):
+    model = make(gpt_v3, pe=pe, pe_at=pe_at, attn=attn).eval()
+    x = tokens(2, 12)
+    expected, _ = model(x)
     for sizes in ([1] * 12, [12], [4] + [1] * 8, [5, 7], [1, 2, 3, 1, 5]):
         cache = gpt_v3.Cache()
-        cached = torch.cat([model(part, cache=cache)[0] for part in x.split(sizes, dim=1)], dim=1)
-        torch.testing.assert_close(cached, expected, rtol=0, atol=1e-9)
-    numbers = sum(part.numel() for part in cache.tensors[model.blocks[0].attn]) / 2 / 12  # per token
-    assert numbers == {"mha": 2 * 48, "mqa": 2 * 12, "gqa": 4 * 12, "mla": 10 + 6 * (pe_at == "qk")}[attn]
+        logits = [model(part, cache=cache)[0] for part in x.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-9)
+    kept = sum(tensor.numel() for layer in cache.tensors.values() for tensor in layer)
+    latent = 16 if pe_at == "qk" else 10
+    per_token = {"mha": 96, "gqa": 48, "mqa": 24, "mla": latent}[attn]
+    assert kept == 2 * 2 * 12 * per_token  # layers, sequences, tokens
 
-def test_more_tokens_than_block_size_are_refused():
-    model, cache = make(gpt_v3), gpt_v3.Cache()
+def test_more_tokens_than_block_size_are_refused_with_a_cache_too():
+    model = make(gpt_v3)
+    cache = gpt_v3.Cache()
     model(tokens(1, 12), cache=cache)
-    for call_it in (lambda: model(tokens(1, 13)), lambda: model(tokens(1, 1), cache=cache)):
+    for idx, options in ((tokens(1, 13), {}), (tokens(1, 1), {"cache": cache})):
         with pytest.raises(ValueError, match="13 tokens are more than the block_size of 12"):
-            call_it()
+            model(idx, **options)
 
-@each_encoding
+@each_pe
 @pytest.mark.parametrize("length", [1, 20])
-def test_past_block_size_generation_begins_anew_from_the_last_half(pe, pe_at, length):
-    model, seen = make(gpt_v3, pe=pe, pe_at=pe_at).eval(), tokens(2, length)
-    whole, drawn = model.generate(seen, 30, temperature=0), list(model.stream(seen, 30, temperature=0))
-    assert len(drawn) == 30 and torch.equal(whole, torch.cat([seen, *drawn], dim=1))
-    for token in drawn:
-        seen = seen[:, -6:] if seen.shape[1] > 12 else seen
-        assert torch.equal(token, model(seen)[0][:, -1:].argmax(-1))
-        seen = torch.cat((seen, token), dim=1)
+def test_past_block_size_sampling_with_a_cache_starts_over_from_the_last_half(pe, length):
+    model = make(gpt_v3, pe=pe, pe_at="qk").eval()
+    idx = tokens(1, length)
+    whole = model.generate(idx, 30, temperature=0)
+    assert whole.shape == (1, length + 30)
+    context = idx
+    for token in whole[0, length:]:
+        if context.shape[1] > 12:
+            context = context[:, -6:]
+        assert token == model(context)[0][0, -1].argmax()
+        context = torch.cat((context, token.view(1, 1)), dim=1)
 
-def test_sdpa_takes_the_path_that_training_and_evaluation_share():
-    switches = torch.backends.cuda
-    for script in (gpt_v2, gpt_v3):
-        switches.enable_cudnn_sdp(True)
-        switches.allow_fp16_bf16_reduction_math_sdp(False)
-        make(script)
-        assert not switches.cudnn_sdp_enabled() and switches.fp16_bf16_reduction_math_sdp_allowed()
-    for device, dtype, block_size in itertools.product(("cpu", "cuda"), ("bfloat16", "float32"), (512, 513)):
-        make(gpt_v3, device=device, dtype=dtype, block_size=block_size)
-        slow = (device, dtype, block_size) == ("cpu", "bfloat16", 512)
-        assert switches.flash_sdp_enabled() == (not slow)
+def shares(samples):
+    return torch.bincount(samples[:, -1], minlength=11) / len(samples)
 
 @each_script
-def test_all_matrix_products_are_in_bfloat16_and_all_weights_in_float32(script):
-    """Those inside SDPA, too, which has no fused kernel for dropout on a CPU."""
-    seen = set()
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if re.match(r"aten\.(mm|addmm|bmm|baddbmm|_scaled_dot)", name := str(function.overloadpacket)):
-                seen.add((name, args[1].dtype))
-            return function(*args, **kwargs or {})
-    with Watch():
-        model = train(script, "--dropout 0.2 --dtype bfloat16 --max_iters 1 --eval_iters 1")
-    assert {dtype for _, dtype in seen} == {torch.bfloat16} and "aten.bmm" in dict(seen)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-# --- Dropout ---------------------------------------------------------------------------------------------
-PLACES = [("cpu", "eager"), pytest.param("cpu", "compiled", marks=slow),
-          *(pytest.param("cuda", how, marks=cuda) for how in ("eager", "compiled"))]
-
-@pytest.mark.parametrize("device,how", PLACES)
-@each_script
-def test_dropout_drops_its_share_without_a_pattern_and_the_same_forward_and_backward(script, device, how):
-    """The last layers of a block add 1 and 2 to nothing at all, so that its output spells out both masks."""
-    p, shape = 0.2, (8, 32, 64)
-    torch.manual_seed(0)
-    block = script.Block(settings(block_size=32, n_embd=64, n_head=1, dropout=p)).to(device)
-    nothing = torch.nn.Identity()
+def test_samples_follow_the_probabilities_of_the_model(script):
+    model = make(script).eval()
+    idx = tokens(1, 5).expand(4000, 5)
+    logits = model(idx[:1])[0][0, -1]
+    assert (shares(model.generate(idx, 1)) - logits.softmax(-1)).abs().max() < 0.03
     if script is gpt_v3:
-        last, block.ln_1, block.ln_2 = [block.attn.c_proj, block.mlp.c_proj], nothing, nothing
-    else:
-        last, block.ln1, block.ln2 = [block.sa.proj, block.ffwd.net[2]], nothing, nothing
-        block.sa.heads[0] = nothing  # there is less to compile
-    for number, layer in enumerate(last, 1):
+        flat = shares(model.generate(idx, 1, temperature=4.0))
+        assert (flat - (logits / 4).softmax(-1)).abs().max() < 0.03
+        top = shares(model.generate(idx, 1, top_k=3))
+        assert set(top.nonzero().flatten().tolist()) == set(logits.topk(3).indices.tolist())
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of the matrix products that are computed meanwhile."""
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if re.match(r"aten\.(mm|addmm|bmm|baddbmm|_scaled_dot)", str(function)):
+            self.seen.add(args[1].dtype)
+        return function(*args, **kwargs or {})
+
+@each_script
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_matrix_products_of_training_are_in_dtype_and_weights_in_float32(script, dtype):
+    """Those inside SDPA, too, which has no fused kernel for dropout on a CPU."""
+    with Dtypes() as dtypes:
+        model = train(script, "--dropout 0.2 --max_iters 1 --dtype", dtype)
+    assert dtypes.seen == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+@pytest.fixture
+def saved():
+    """run.pt holds a small run."""
+    succeed(gpt_v3, QUICK, "--save run.pt --n_layer 1")
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_matrix_products_of_sampling_are_in_dtype(saved, dtype):
+    with Dtypes() as dtypes:
+        succeed(gpt_v3, "--generate run.pt --max_new_tokens 3 --device cpu --dtype", dtype)
+    assert dtypes.seen == {getattr(torch, dtype)}
+
+def test_a_saved_run_is_sampled_the_same_with_the_same_seed(saved):
+    def sample(*flags):
+        return succeed(gpt_v3, "--generate run.pt --max_new_tokens 40 --device cpu", *flags)
+
+    assert sample("--seed 1") == sample("--seed 1") != sample("--seed 2")
+    assert sample("--top_k 1 --seed 1") == sample("--top_k 1 --seed 2") == sample("--temperature 0")
+    assert len(sample()) == 1 + 40 + 1  # the first character, the sample, a line end
+    assert re.fullmatch(r"(?s)ROMEO:.{40}\n", sample("--prompt ROMEO:"))
+    *texts, rest = sample("--num_samples 3 --prompt ROMEO:").split("\n" + 20 * "-" + "\n")
+    assert rest == "" and [text[:6] for text in texts] == 3 * ["ROMEO:"]
+    assert [len(text) for text in texts] == 3 * [46] and len(set(texts)) == 3
+    error = refuse(gpt_v3, "--generate run.pt --device cpu --prompt a€", says=["--prompt", "€"])
+    assert len(error) < 100
+
+def test_a_sample_is_written_while_it_is_drawn(saved):
+    process = start(ROOT / "gpt_v3.py", "--generate run.pt --max_new_tokens 1000000 --prompt ROMEO:")
+    assert process.stdout.read(20).startswith("ROMEO:")
+    process.terminate()
+    process.communicate()
+
+# --- Dropout and evaluation ------------------------------------------------------------------------------
+@each_script
+@each_device
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])
+def test_dropout_masks_have_their_share_no_pattern_and_serve_both_passes(script, device, compiled):
+    """The last layers of a block are made to add 1 and 2 to zeros: its output spells out both masks."""
+    config = script.parse_args(split("--n_embd 64 --n_head 1 --block_size 32 --dropout 0.2 --device", device))
+    torch.manual_seed(0)
+    block = script.Block(config).to(device)
+    names = ("attn.c_proj", "mlp.c_proj") if script is gpt_v3 else ("sa.proj", "ffwd.net.2")
+    layers = [block.get_submodule(name) for name in names]
+    for number, layer in enumerate(layers, 1):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.constant_(layer.bias, number)
-    if how == "compiled":
+    if compiled:
         torch.compiler.reset()
-        torch.compiler.set_stance("default")
         block.compile()
     masks = []
     for _ in range(2):
-        out, grad = block(torch.zeros(shape, device=device)), torch.randn(shape, device=device)
-        out.backward(grad)
-        code = (out.detach() * (1 - p)).round()
-        torch.testing.assert_close(out.detach() * (1 - p), code)
-        for layer, mask in zip(last, (code % 2, code // 2)):
-            expected = (grad * mask / (1 - p)).sum((0, 1))
-            torch.testing.assert_close(layer.bias.grad, expected, rtol=0, atol=1e-3)  # one element is worth 1
-            layer.bias.grad = None
-            masks.append(mask.double().cpu())
-    noise = (torch.stack(masks) - (1 - p)) / math.sqrt(p * (1 - p))  # of mean 0 and variance 1
-    means = [*noise.mean((1, 2, 3)), *((a * b).mean() for a, b in itertools.combinations(noise, 2))]
-    means += [(mask.narrow(axis, 1, size - 1) * mask.narrow(axis, 0, size - 1)).mean()  # neighbours
-              for mask in noise for axis, size in enumerate(shape)]
-    assert max(map(abs, means)) < 5 / math.sqrt(7 / 8 * masks[0].numel())
+        out = block(torch.zeros(8, 32, 64, device=device))
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, [layer.bias for layer in layers], grad)
+        code = (out * 0.8).detach().round()  # 0, 1, 2 or 3
+        for mask, bias_grad in zip((code % 2, code // 2), grads):
+            torch.testing.assert_close(bias_grad, (grad * mask / 0.8).sum((0, 1)), rtol=0, atol=1e-3)
+            masks.append((mask.cpu() - 0.8) / 0.4)  # of mean 0 and variance 1
+    samples = [a * b for a, b in itertools.combinations(masks, 2)]
+    samples += [mask[..., 1:] * mask[..., :-1] for mask in masks]  # neighbors
+    for sample in masks + samples:
+        assert abs(sample.mean()) < 5 / math.sqrt(sample.numel())
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_script
-def test_cuda_graphs_train_like_the_eager_model_and_draw_new_masks(script):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_evaluation_is_the_mean_loss_of_evenly_spaced_windows_and_repeats_itself(script, dropout):
+    config = script.parse_args(split(QUICK))
+    data = tokens(500)
+    model = make(script, dropout=dropout, block_size=8)
+    state = torch.get_rng_state()
+    loss = script.estimate_loss(model, data, config)
+    assert script.estimate_loss(model, data, config) == loss
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    model.eval()
+    total = 0
+    for i in range(8):
+        window = data[i * 491 // 7:][:9]  # the first and the last window are among them
+        _, window_loss = model(window[None, :-1], window[None, 1:])
+        total += window_loss.item()
+    assert loss == pytest.approx(total / 8, abs=1e-6)
+
+def test_the_published_losses_have_dropout_in_attention_alone():
+    config = gpt_v3.parse_args(split(QUICK))
+    data = tokens(500)
+    model = make(gpt_v3, dropout=0.5, block_size=8)
+    loss = gpt_v3.estimate_loss(model, data, config)
+    published = gpt_v3.estimate_loss(model, data, config, attention_dropout=True)
+    assert published != loss == gpt_v3.estimate_loss(model, data, config)
+    for block in model.blocks:
+        block.attn.dropout = 0.0
+    assert gpt_v3.estimate_loss(model, data, config, attention_dropout=True) == loss
+
+@each_script
+def test_how_often_a_run_is_evaluated_does_not_change_it(script):
+    for interval in (1, 4, 100):
+        succeed(script, QUICK, "--dropout 0.3 --max_iters 6 --csv r.csv --eval_interval", interval)
+    losses = {(row["train_loss"], row["val_loss"]) for row in rows("r.csv")}
+    assert len(losses) == 1
+
+# --- Training --------------------------------------------------------------------------------------------
+def by_hand(script, config, optimizers, schedule):
+    """The final losses of a script's training, written as the usual loop."""
+    torch.manual_seed(config.seed)
+    data = torch.tensor([CHARS.index(char) for char in TEXT])
+    train_data, val_data = data[:18000], data[18000:]
+    model = script.GPT(config, len(CHARS))
+    adamw, *muon = optimizers(model)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step in range(config.max_iters):
+        start = torch.randint(18000 - config.block_size, (config.batch_size,), generator=generator)
+        window = torch.stack([train_data[i:i + config.block_size + 1] for i in start])
+        _, loss = model(window[:, :-1], window[:, 1:])
+        model.zero_grad()
+        loss.backward()
+        if script is gpt_v3 and config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer, scale in ((adamw, 2 if muon else 1), *((each, 1) for each in muon)):
+            optimizer.param_groups[0]["lr"] = scale * schedule(step)
+            optimizer.step()
+    return [script.estimate_loss(model, split, config) for split in (train_data, val_data)]
+
+def trained(script, *flags):
+    """The final losses in the row of a run, and its flags."""
+    flags = [QUICK, "--max_iters 30 --eval_interval 30 --dtype float32 --dropout 0.1", *flags]
+    succeed(script, *flags, "--csv r.csv")
+    row = rows("r.csv")[-1]
+    return [float(row["train_loss"]), float(row["val_loss"])], script.parse_args(split(*flags))
+
+@each_script
+def test_training_is_the_usual_loop_with_adamw(script):
+    losses, config = trained(script, "--learning_rate 1e-2")
+
+    def optimizers(model):
+        return [torch.optim.AdamW(model.parameters(), weight_decay=0.01)]
+
+    assert losses == pytest.approx(by_hand(script, config, optimizers, lambda step: 1e-2), abs=1e-5)
+
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest_at_twice_the_rate_of_a_schedule():
+    losses, config = trained(gpt_v3, "--optimizer muon --learning_rate 1e-2 --weight_decay 0.3 --beta2 0.9 "
+                             "--warmup_iters 5 --min_lr 1e-3 --grad_clip 0.5")
+
+    def optimizers(model):
+        matrices = [p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2]
+        rest = [p for name, p in model.named_parameters() if "blocks" not in name or p.ndim == 1]
+        return [torch.optim.AdamW(rest, betas=(0.9, 0.9), weight_decay=0),
+                torch.optim.Muon(matrices, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")]
+
+    def schedule(step):
+        if step < 5:
+            return 1e-2 * (step + 1) / 5
+        return 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 5) / 25)) / 2
+
+    assert losses == pytest.approx(by_hand(gpt_v3, config, optimizers, schedule), abs=1e-4)
+
+def test_micro_batches_add_up_to_the_batch():
+    whole, _ = trained(gpt_v3, "--dropout 0 --learning_rate 1e-2")
+    parts, _ = trained(gpt_v3, "--dropout 0 --learning_rate 1e-2 --grad_accum 4")
+    assert parts == pytest.approx(whole, abs=1e-4)
+
+@each_script
+def test_the_alphabet_is_learned(script):
+    Path("input.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)
+    flags = "--max_iters 150 --eval_interval 150 --learning_rate 1e-2 --dropout 0 --csv r.csv"
+    out = succeed(script, QUICK, flags)
+    assert float(rows("r.csv")[0]["val_loss"]) < 0.02
+    assert re.search(r"\nabcdefghijklmnopqrst", out)
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """compile_with(backend) replaces inductor, which needs a C++ compiler and a minute."""
+    compile = torch.compile
+
+    def replace(backend):
+        torch.compiler.set_stance("default")
+        monkeypatch.setattr(torch, "compile", lambda *args, mode=None, options=None, **others: compile(
+            *args, backend=backend, **others))
+        torch._dynamo.utils.counters.clear()
+    return replace
+
+def assert_graphs(count):
+    """So many pieces of code must have been compiled, each without a break."""
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+
+@each_script
+def test_compiling_makes_a_graph_for_training_and_one_for_evaluation_whatever_the_depth(script, compile_with):
+    compile_with("eager")
+    for choice in ("--compile", "--no-compile"):
+        succeed(script, QUICK, "--n_layer 3 --dropout 0 --csv r.csv", choice)
+    assert_graphs(2)
+    compiled, eager = rows("r.csv")
+    assert result(compiled) == result(eager)
+
+@each_script
+def test_without_a_compiler_a_run_continues_and_the_next_one_tries_again(script, compile_with):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    compile_with(no_compiler)
+    status, out, err = run(script, QUICK, "--compile")
+    assert status == 0 and "final: " in out
+    assert re.fullmatch(rf"{script.__name__}.py: warning: continuing without --compile: .*\n", err)
+    compile_with("eager")
+    succeed(script, QUICK, "--compile")
+    assert_graphs(2)
+
+@slow
+@pytest.mark.parametrize("script,flags", [(gpt, ""), (gpt_v3, "--pe rope --pe_at qk --grad_accum 2")])
+def test_inductor_changes_no_loss(script, flags):
+    models = [train(script, "--dropout 0 --dtype float32", flags, choice).state_dict()
+              for choice in ("--no-compile", "--compile")]
+    torch.testing.assert_close(*map(dict, models), rtol=1e-3, atol=1e-4)  # and the names of the weights
+
+@pytest.mark.parametrize("script,device,block_size,flash", [
+    (gpt_v2, "cpu", 512, True), (gpt_v3, "cpu", 512, False), (gpt_v3, "cpu", 513, True),
+    (gpt_v3, "cuda", 512, True)])
+def test_a_model_chooses_the_kernels_of_its_attention(script, device, block_size, flash):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make(script, device=device, block_size=block_size, dtype="bfloat16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+@pytest.mark.parametrize("device", [on_gpu])
+@each_script
+def test_cuda_graphs_train_like_the_eager_model_and_draw_new_masks(script, device):
     flags = "--device cuda --dtype float32 --max_iters 12 --eval_interval 6 --csv r.csv --dropout"
-    for how in ("--compile", "--no-compile"):
-        good(script, QUICK, flags, 0, how)
-    graphs, eager = (float(row["train_loss"]) for row in rows("r.csv"))
+    for choice in ("--compile", "--no-compile"):
+        succeed(script, QUICK, flags, 0, choice)
+    graphs, eager = [float(row["train_loss"]) for row in rows("r.csv")]
     assert graphs == pytest.approx(eager, abs=1e-3)
-    config = script.parse_args(words(QUICK, flags, 0.5))
-    data = tokens(500).cuda()
+    config = script.parse_args(split(QUICK, flags, 0.5))
     model = script.GPT(config, 11).cuda()
+    data = tokens(500).cuda()
     script.compile_blocks(model, data, config)
     start = torch.zeros(config.batch_size, dtype=torch.long, device="cuda")
     losses = {script.compute_loss(model, data, start, config).item() for _ in range(3)}
-    assert "forward" in vars(model) and len(losses) == 3  # dropout
+    assert len(losses) == 3  # dropout
     assert script.estimate_loss(model, data, config) == script.estimate_loss(model, data, config)
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_resumed_run_on_cuda_draws_the_masks_and_batches_that_it_would_have_drawn():
+@pytest.mark.parametrize("device", [on_gpu])
+def test_a_run_resumed_on_cuda_draws_the_masks_and_batches_that_it_would_have_drawn(device):
     flags = "--device cuda --dtype float32 --dropout 0.5 --eval_interval 4 --csv r.csv --max_iters"
-    good(gpt_v3, QUICK, flags, 8)
-    good(gpt_v3, QUICK, flags, 4, "--save run.pt")
-    good(gpt_v3, "--resume run.pt --max_iters 8 --csv r.csv --device cuda --max_new_tokens 0")
-    whole, _, resumed = (float(row["train_loss"]) for row in rows("r.csv"))
+    succeed(gpt_v3, QUICK, flags, 8)
+    succeed(gpt_v3, QUICK, flags, 4, "--save run.pt")
+    succeed(gpt_v3, "--resume run.pt --max_iters 8 --csv r.csv --device cuda --max_new_tokens 0")
+    whole, _, resumed = [float(row["train_loss"]) for row in rows("r.csv")]
     assert resumed == pytest.approx(whole, abs=1e-4)
 
-# --- Evaluation ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+# --- What a run prints -----------------------------------------------------------------------------------
 @each_script
-def test_evaluation_repeats_itself_leaves_training_alone_and_is_the_mean_of_spaced_windows(script, dropout):
-    config, data = script.parse_args(words(QUICK)), tokens(500)
-    model = make(script, dropout=dropout, block_size=8)
-    first, state = script.estimate_loss(model, data, config), torch.get_rng_state()
-    assert script.estimate_loss(model, data, config) == first and torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in model.modules())
-    if script is gpt_v3:  # the published losses, with the dropout of attention on
-        assert (script.estimate_loss(model, data, config, attention_dropout=True) == first) == (not dropout)
-        assert script.estimate_loss(model, data, config) == first
-    model.eval()
-    by_hand = [F.cross_entropy(model(data[None, at:at + 8])[0][0], data[at + 1:at + 9]).item()
-               for at in (i * 491 // 7 for i in range(8))]  # the first and the last window are in it
-    assert first == pytest.approx(sum(by_hand) / 8, abs=1e-6)
+def test_progress_in_a_file_is_lines(script):
+    out = succeed(script, QUICK, "--max_iters 22 --eval_interval 11")
+    loss = r": train loss \d\.\d{4}, val loss \d\.\d{4}"
+    speed = r" \| \d+\.\d\d ms/iter, \d+k tok/s, eta 0:0\d"
+    lines = [rf"{script.__name__}: 0.01M parameters, cpu, (bfloat16|float32), eager",
+             "--tiny is a preset for a laptop", f"step 0{loss}", f"step 10{speed}", f"step 11{loss}{speed}",
+             f"step 22{loss}{speed}", rf"final{loss} \(best \d\.\d{{4}} at step (11|22)\)", "(?s:.{21})", ""]
+    assert re.fullmatch("\n".join(lines), out)
+    assert "--tiny is" not in succeed(script, QUICK, "--tiny")
+    assert succeed(script, QUICK, "--max_new_tokens 0").endswith("at step 4)\n")
 
 @each_script
-def test_how_often_one_evaluates_does_not_change_the_training(script):
-    for interval in (1, 4, 100):
-        good(script, QUICK, "--dropout 0.3 --max_iters 6 --csv r.csv --eval_interval", interval)
-    assert len({(row["train_loss"], row["val_loss"]) for row in rows("r.csv")}) == 1
+def test_times_leave_out_evaluation_and_eta_has_it(script):
+    began = time.perf_counter()
+    out = succeed(script, QUICK, "--max_iters 30 --eval_interval 10 --eval_iters 100 --csv r.csv")
+    whole = time.perf_counter() - began
+    row = rows("r.csv")[0]
+    train_s = float(row["train_s"])
+    assert 0 < train_s < whole / 2
+    assert float(row["ms_per_iter"]) * 30 == pytest.approx(1000 * train_s, abs=10)
+    shown = [float(ms) for ms in re.findall(r"([\d.]+) ms/iter", out)]
+    assert shown[-1] == pytest.approx(float(row["ms_per_iter"]), abs=0.01)
+    config = types.SimpleNamespace(batch_size=4, block_size=500, max_iters=100, eval_interval=30)
+    assert script.speed(20, 40.0, 5.0, config) == " | 2000.00 ms/iter, 1k tok/s, eta 2:55"
+    assert script.speed(20, 0.02, 1.0, config) == " | 1.00 ms/iter, 2.00M tok/s, eta 0:03"
 
-# --- Training --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script,flags,backend", [
-    (gpt, "", "aot_eager"), (gpt_v2, "", "aot_eager"), (gpt_v3, "--pe rope --pe_at qk", "aot_eager"),
-    pytest.param(gpt_v3, "--grad_accum 2", "inductor", marks=slow)], ids=name_of)
-def test_compiling_changes_no_loss_and_no_name_in_two_graphs(script, flags, backend, monkeypatch, capsys):
-    """A graph of the training pass and one of the evaluation serve every layer and every part of a batch."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    one, two = (dict(train(script, "--dropout 0 --dtype float32 --csv r.csv", flags, how).state_dict())
-                for how in ("--no-compile", "--compile"))
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    assert list(one) == list(two) and capsys.readouterr().err == ""  # no warning
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-    eager, compiled = (float(row["val_loss"]) for row in rows("r.csv"))
-    assert eager == pytest.approx(compiled, abs=1e-5)
+def on_terminal(columns, *command, stop=None):
+    """What a script writes to a terminal of this width, and how it ends; SIGTERM stops it at a text."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen([sys.executable, *split(*command)], stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # the script has ended
+        while part := os.read(ours, 4096):
+            text += part
+            if stop and stop in text:
+                process.terminate()
+                stop = None
+    return text.decode().replace("\r\n", "\n"), process.wait()
 
 @slow
-@beside
-def test_without_a_compiler_the_run_goes_on_after_one_line(folder):
-    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": folder / "cache"}
-    status, out, err = end(start(folder, ROOT / "gpt_v3.py", QUICK, "--n_layer 1 --compile", env=env))
-    assert re.fullmatch("gpt_v3.py: warning: continuing without --compile: .*\n", err)
-    assert status == 0 and "final: " in out
-
-def test_the_learning_rate_warms_up_and_decays():
-    config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
-    for config.min_lr, expected in (0.1, [0.1, 1.0, 1.0, 0.55, 0.1]), (None, [0.1, 1.0, 1.0, 1.0, 1.0]):
-        assert [gpt_v3.get_lr(step, config) for step in (0, 9, 10, 55, 100)] == pytest.approx(expected)
-
-@each_script
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_row(script, monkeypatch):
-    calls, loss = itertools.count(), F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda *args: loss(*args) * (1 if next(calls) < 10 else math.nan))
-    assert refused(call(script, QUICK, "--csv r.csv"), "step 4", "--learning_rate", status=1)
-    assert rows("r.csv") == []
-
-@each_script
-def test_progress_is_lines_in_a_file(script):
-    piped = good(script, f"{QUICK} --max_iters 12 --eval_interval 12")
-    speed, loss = r" \| \d+\.\d\d ms/iter, \d+k tok/s, eta 0:0\d", ": train loss X, val loss X"
-    pattern = f"""{script.__name__}: 0.01M parameters, cpu, .*, eager\n--tiny is a preset for a laptop
-step 0{loss}\nstep 10{speed}\nstep 12{loss}{speed}\nfinal: train loss X, val loss X [(]best X at step 12[)]
-(?s:.{{21}})\n""".replace("X", r"\d\.\d{4}")  # the sample: a character to begin with, and 20
-    assert re.fullmatch(pattern, piped) and "\r" not in piped
-    assert "--tiny is" not in good(script, QUICK, "--tiny")
-    assert good(script, QUICK, "--max_new_tokens 0").endswith("at step 4)\n")
-
-def screen(folder, columns, *command, stop=None):
-    """The lines on a terminal of so many columns when a script has ended -> lines, exit status."""
-    master, slave = os.openpty()
-    termios.tcsetwinsize(slave, (24, columns))
-    process = start(folder, *command, stdin=slave, stdout=slave, stderr=slave, text=False,
-                    env=dict(COLUMNS=columns))  # a shell may have told its own width
-    os.close(slave)
-    text = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while part := os.read(master, 4096):
-            text += part
-            if stop and b"step 30 " in text:
-                process.send_signal(stop)
-                stop = None
-    lines, column = [""], 0
-    for char in re.split(r"(\x1b\[K|.)", text.decode(), flags=re.S):
-        if char == "\n":
-            lines.append("")
-        elif char == "\r":
-            column = 0
-        elif char == "\x1b[K":
-            lines[-1] = lines[-1][:column]
-        elif char:
-            if column == columns:  # the terminal goes on in the next line
-                lines.append("")
-                column = 0
-            lines[-1] = lines[-1][:column] + char + lines[-1][column + 1:]
-            column += 1
-    return lines, process.wait()
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
-@pytest.mark.parametrize("columns", [40, 80])
-@pytest.mark.parametrize("script", [gpt, gpt_v3], ids=name_of)
-def test_progress_on_a_terminal_is_one_line_that_leaves_nothing_behind(script, columns, tmp_path):
+@pytest.mark.parametrize("script,columns", [(gpt, 40), (gpt_v3, 80)])
+def test_progress_on_a_terminal_is_one_line_that_leaves_nothing_behind(script, columns):
+    """What is written between two erasures is a progress line, which fits, or lines that stay."""
     command = ROOT / f"{script.__name__}.py", QUICK, "--max_new_tokens 0 --eval_interval 100"
-    lines, status = screen(tmp_path, columns, *command, "--max_iters 100")
-    text = "".join(lines)
-    assert status == 0 and "step 10 " not in text and len(lines) <= 12 and text.count("ms/iter") == 1
-    lines, status = screen(tmp_path, columns, *command, "--max_iters 100000 --eval_interval 100000",
-                           stop=signal.SIGTERM)
-    assert status == 143 and re.fullmatch(rf"{script.__name__}.py: stopped at step \d+", lines[-2])
-    assert "ms/iter" not in "".join(lines)
+    text, status = on_terminal(columns, *command, "--max_iters 100")
+    parts = text.split("\r\x1b[K")
+    progress = [part for part in parts if part and not part.endswith("\n")]
+    assert status == 0 and len(progress) == 9
+    assert all(len(line) < columns and re.match(r"step \d+0 \| ", line) for line in progress)
+    stay = "".join(part for part in parts if part.endswith("\n"))
+    assert re.fullmatch(r"gpt.*\n--tiny.*\nstep 0: .*\nstep 100: .*\nfinal: .*\n", stay)
+    forever = "--max_iters 1000000 --eval_interval 1000000"
+    text, status = on_terminal(columns, *command, forever, stop=b"step 30 ")
+    assert status == 143
+    assert re.fullmatch(rf"{script.__name__}\.py: stopped at step \d+\n", text.split("\r\x1b[K")[-1])
 
+# --- Flags -----------------------------------------------------------------------------------------------
 @each_script
-def test_the_defaults_are_the_experiment_in_a_notebook_too_and_other_flags_win_over_tiny(script, monkeypatch):
-    seed = dict(batch_size=64, block_size=256, max_iters=5000, eval_interval=500, eval_iters=200, n_embd=384,
-                learning_rate=3e-4, n_head=6, n_layer=6, dropout=0.2, seed=1337, data="input.txt")
-    assert vars(script.parse_args([])).items() >= seed.items()
+def test_the_default_flags_are_the_experiment_and_other_flags_override_tiny(script, monkeypatch):
+    default = vars(script.parse_args([]))
+    published = rows(ROOT / "results/seed.csv")[SCRIPTS.index(script)]
+    flags = published["flags"].replace("--pe randn", "--pe sinpe")
+    assert vars(script.parse_args(split(flags))) == default
     monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
-    assert script.parse_args() == script.parse_args([])
-    tiny, given = vars(script.parse_args(["--tiny"])), {"n_layer": 3, "dropout": 0.1}
+    assert vars(script.parse_args()) == default  # in a notebook
+    tiny = vars(script.parse_args(["--tiny"]))
+    assert tiny["n_embd"] < 384 and tiny["dropout"] == 0 and tiny["seed"] == 1337
     for flags in ("--tiny --n_layer 3 --dropout=0.1", "--n_layer 3 --dropout=0.1 --tiny"):
-        assert vars(script.parse_args(words(flags))) == tiny | given
-    assert tiny["n_embd"] < seed["n_embd"] and "laptop" not in good(script, QUICK, "--tiny")
+        assert vars(script.parse_args(split(flags))) == tiny | dict(n_layer=3, dropout=0.1)
+
+BAD_FLAGS = """
+    --n_emb 32                          --n_emb
+    --frobnicate                        --frobnicate
+    --n_head                            --n_head
+    --n_embd 100 --n_head 6             --n_embd 100 / --n_head 6
+    --n_embd 0                          --n_embd: must be between 1 and / not 0
+    --n_embd 3.5                        --n_embd / number / 3.5
+    --n_layer 99999999999               --n_layer / 1000000000
+    --eval_interval -3                  --eval_interval: must be between 1 and / not -3
+    --dropout 1                         --dropout: must be between 0 and 0.99, not 1
+    --dropout nan                       --dropout / nan
+    --learning_rate inf                 --learning_rate: must be between 0 and 10, not inf
+    --seed -1                           --seed: must be / not -1
+    --max_new_tokens -1                 --max_new_tokens / not -1
+    --dtype float16                     --dtype / float16 / bfloat16
+    --device toaster                    --device / toaster / cpu
+    --data nowhere.txt                  --data nowhere.txt / No such file / https:// / input.txt
+    --data empty.txt                    --data empty.txt / --block_size
+    --data .                            --data .
+    --data latin1.txt                   --data latin1.txt / utf-8 / UTF-8
+    --data short.txt --block_size 8     --data short.txt / --block_size 8
+    --csv nowhere/r.csv                 --csv nowhere/r.csv / No such file
+    --csv .                             --csv . / directory
+    --csv foreign.csv                   --csv foreign.csv / columns"""
+BAD_FLAGS_OF_V3 = """
+    --pe rotary                                         --pe / rotary / rope
+    --pe rope --n_embd 9 --n_head 3                     --pe rope / even / 9
+    --pe sinpe --pe_at qk --n_embd 18 --n_head 6        --pe sinpe / qk / --n_embd 18 / even / 3
+    --pe rope --pe_at qk --attn mla --n_embd 12 --n_head 2    --pe rope / --n_head 2 / even / 3
+    --pe randn --pe_at qk --attn mla --n_embd 4 --n_head 4    --pe randn / --n_embd 4 / 0
+    --attn gqa --n_head 6 --n_kv_head 4                 --n_head 6 / --n_kv_head 4
+    --attn gqa --n_head 9 --n_embd 90                   --n_head 9 / --n_kv_head 4
+    --n_kv_head 2                                       --n_kv_head 2 / gqa
+    --attn mqa --kv_rank 2                              --kv_rank 2 / mla
+    --attn mla --kv_rank -1                             --kv_rank / not -1
+    --codebook 9                                        --codebook 9 / vq
+    --beta2 1                                           --beta2 / 0.99999
+    --grad_accum 3                                      --batch_size / --grad_accum 3
+    --top_k 0                                           --top_k / not 0
+    --min_lr -1                                         --min_lr / not -1
+    --resume nowhere.pt                                 nowhere.pt / No such file
+    --save no/run.pt                                    --save no/run.pt / folder
+    --save foreign.csv                                  --save foreign.csv / already exists
+    --resume a.pt --generate a.pt                       --resume / --generate / exclusive
+    --generate a.pt --init_from a.pt                    --init_from / --generate / exclusive"""
+
+def cases(table):
+    """Each line of a table as flags and the words of the message about them."""
+    pairs = [re.split(" {2,}", line.strip()) for line in table.strip().splitlines()]
+    return [(flags, words.split(" / ")) for flags, words in pairs]
+
+@pytest.mark.parametrize("script,flags,words", [
+    *((gpt, *case) for case in cases(BAD_FLAGS)), *((gpt_v3, *case) for case in cases(BAD_FLAGS)),
+    *((gpt_v3, *case) for case in cases(BAD_FLAGS_OF_V3))])
+def test_bad_flags_get_one_line_and_nothing_is_touched(script, flags, words):
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("ab" * 40)
+    Path("foreign.csv").write_text("a,b\n1,2\n")
+    Path("latin1.txt").write_bytes("déjà vu".encode("latin-1"))
+    before = files()
+    device = "" if "--device" in flags else "--device cpu"
+    refuse(script, flags, device, says=words)
+    assert files() == before
+
+ODD_WORDS = "- -- --tiny inf nan 1e400 cpu cuda:-1 cuda mps xla meta hpu rope qk . .. /dev/null".split()
+WORDS = (strategies.text(strategies.characters(exclude_characters="\0"), max_size=8)
+         | strategies.floats().map(str)
+         | strategies.integers(-2, 2**70).map(str)
+         | strategies.sampled_from(ODD_WORDS))
+
+NAMES = strategies.sampled_from([*vars(gpt_v3.parse_args([])), "x"])
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(strategies.lists(strategies.tuples(NAMES, WORDS), max_size=4))
+def test_any_flags_are_taken_or_refused_in_one_line(flags):
+    err = io.StringIO()
+    with redirect_stderr(err), redirect_stdout(io.StringIO()):
+        try:
+            gpt_v3.parse_args([f"--{flag}={word}" for flag, word in flags])
+            assert err.getvalue() == ""
+        except SystemExit as end:
+            assert end.code == 2 and len(err.getvalue().splitlines()) == 1
 
 # --- Rows ------------------------------------------------------------------------------------------------
 COLUMNS = """experiment,pe_type,n_embd,n_head,n_layer,train_loss,val_loss,best_val_loss,best_iter,
     published_train_loss,published_val_loss,params,ms_per_iter,train_s,device,torch,data,data_crc32,flags,
     curve""".replace("\n    ", "")
-SCHEDULE = "--pe rope --pe_at qk --min_lr 1e-4 --warmup_iters 2 --grad_clip 0.5 --grad_accum 2 --beta2 0.95"
+EVERYTHING = """--pe rope --pe_at qk --min_lr 1e-4 --warmup_iters 2 --grad_clip 0.5 --grad_accum 2
+    --beta2 0.95 --attn gqa --n_kv_head 1 --mlp vq --codebook 9 --optimizer muon --weight_decay 0.3"""
 
-@pytest.mark.parametrize("script,flags", [(gpt, ""), (gpt_v2, ""), (gpt_v3, SCHEDULE)], ids=name_of)
-def test_a_row_has_what_it_takes_to_run_it_again(script, flags, monkeypatch):
-    monkeypatch.setenv("RANK", "1")  # which alone is not torchrun
-    out = good(script, QUICK, "--dropout 0.1 --seed 7 --learning_rate 0.0123 --csv r.csv", flags)
-    (row,), header = rows("r.csv"), Path("r.csv").read_text().split("\n")[0]
-    good(script, "--data input.txt", row["flags"], "--csv r.csv --device cpu")
-    assert losses("r.csv")[0] == losses("r.csv")[1] and header == COLUMNS
-    curve = {step: (train, val) for step, train, val in (point.split(":") for point in row["curve"].split())}
-    best = min(curve, key=lambda step: float(curve[step][1]))
-    four = lambda *names: tuple(f"{float(row[name]):.4f}" for name in names)
-    assert list(curve) == ["0", "2", "4"] and curve["4"] == four("train_loss", "val_loss")
-    assert best == row["best_iter"] and (curve[best][1],) == four("best_val_loss")
-    assert "train loss {}, val loss {} (best".format(*curve["4"]) in out
-    assert row["experiment"] == script.__name__ and row["data"] == "input.txt"
-    assert row["pe_type"] == ("rope" if script is gpt_v3 else "learned")
-    assert (row["published_val_loss"] == "") == (script is not gpt_v3)
-    assert int(row["data_crc32"]) == zlib.crc32(TEXT.encode())
-    assert int(row["params"]) == sum(p.numel() for p in train(script, row["flags"]).parameters())
+@pytest.mark.parametrize("script,flags", [(gpt, ""), (gpt_v2, ""), (gpt_v3, EVERYTHING)])
+def test_the_flags_in_a_csv_row_repeat_its_run(script, flags, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # which alone is not torchrun's
+    succeed(script, QUICK, "--dropout 0.1 --seed 7 --learning_rate 0.0123 --csv r.csv", flags)
+    succeed(script, "--device cpu --csv r.csv", rows("r.csv")[0]["flags"])
+    assert Path("r.csv").read_text().splitlines()[0] == COLUMNS
+    assert result(rows("r.csv")[0]) == result(rows("r.csv")[1])
+    assert "--seed 7 " in rows("r.csv")[0]["flags"]
 
 @each_script
-def test_once_does_nothing_if_the_row_exists(script):
+def test_a_csv_row_says_what_was_run_and_what_came_out(script):
+    out = succeed(script, QUICK, "--csv r.csv --dropout 0.3")
+    row = rows("r.csv")[0]
+    points = [point.split(":") for point in row["curve"].split()]
+    losses = {step: (train_loss, val_loss) for step, train_loss, val_loss in points}
+    train_loss, val_loss = losses["4"]
+    best = min(losses, key=lambda step: float(losses[step][1]))
+    assert list(losses) == ["0", "2", "4"] and row["best_iter"] == best
+    final = f"final: train loss {train_loss}, val loss {val_loss} (best {losses[best][1]} at step {best})"
+    assert final in out
+    names = ("train_loss", "val_loss", "best_val_loss")
+    assert [f"{float(row[name]):.4f}" for name in names] == [train_loss, val_loss, losses[best][1]]
+    assert row["experiment"] == script.__name__ and row["data_crc32"] == str(zlib.crc32(TEXT.encode()))
+    assert row["pe_type"] == ("sinpe" if script is gpt_v3 else "learned")
+    assert (row["published_val_loss"] == "") == (script is not gpt_v3)
+    assert row["params"] == str(sum(p.numel() for p in train(script).parameters()))
+
+@each_script
+def test_once_does_nothing_if_the_csv_has_the_row(script):
     flags = f"{QUICK} --once --csv r.csv"
-    good(script, flags)
-    assert good(script, flags) == "nothing to do: r.csv has the row of this run\n" and len(rows("r.csv")) == 1
-    good(script, flags, "--seed 2")
-    Path("input.txt").write_text(TEXT[1:])  # of the same name
-    good(script, flags)
-    good(script, QUICK, "--csv r.csv")
+    succeed(script, flags)
+    assert succeed(script, flags) == "nothing to do: r.csv has the row of this run\n"
+    assert len(rows("r.csv")) == 1
+    succeed(script, flags, "--seed 2")
+    Path("input.txt").write_text(TEXT[1:])  # another text of the same name
+    succeed(script, flags)
+    succeed(script, QUICK, "--csv r.csv")  # without --once
     assert len(rows("r.csv")) == 4
 
-fork = multiprocessing.get_context("fork") if os.name == "posix" else None  # torch is imported once
+fork = multiprocessing.get_context("fork") if os.name == "posix" else None  # torch is imported only once
 
-def test_parallel_writers_tear_no_row_and_write_one_header():
-    row = {"data": 'a "quoted", path'}
-    write = lambda n: [gpt.append_row("r.csv", row | {"experiment": n, "n_embd": i}) for i in range(50)]
-    writers = [fork.Process(target=write, args=(n,)) for n in range(4)]
-    for act in (fork.Process.start, fork.Process.join):
-        for writer in writers:
-            act(writer)
-    found = [(row["experiment"], row["n_embd"], row["data"]) for row in rows("r.csv")]
-    assert sorted(found) == sorted((str(n), str(i), row["data"]) for n in range(4) for i in range(50))
-    assert Path("r.csv").read_text().count("experiment") == 1
+def in_children(function, *arguments):
+    """Call a function in child processes at once, one for each of the arguments."""
+    children = [fork.Process(target=function, args=(argument,)) for argument in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
 
-def in_a_process(work):
-    process = fork.Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+def test_parallel_writers_tear_no_csv_row_and_write_one_header():
+    def write(n):
+        for i in range(50):
+            gpt.append_row("r.csv", {"experiment": n, "n_embd": i, "data": 'a "quoted", path'})
+
+    in_children(write, 0, 1, 2, 3)
+    found = sorted((row["experiment"], int(row["n_embd"])) for row in rows("r.csv"))
+    assert found == [(str(n), i) for n in range(4) for i in range(50)]
+    assert {row["data"] for row in rows("r.csv")} == {'a "quoted", path'}
 
 @each_script
 @pytest.mark.parametrize("room", [0, 10])
-def test_a_disk_that_is_full_at_the_row_prints_it_and_the_next_row_is_whole(script, room):
-    good(script, QUICK, "--csv r.csv")
-    loss, size = rows("r.csv")[0]["val_loss"], os.path.getsize("r.csv") + room
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        result = call(script, QUICK, "--csv r.csv")
-        assert refused(result, "--csv r.csv", loss, status=1)
-    in_a_process(work)
-    good(script, QUICK, "--csv r.csv")
-    assert losses("r.csv")[-1] == losses("r.csv")[0]
+def test_a_full_disk_costs_no_result_and_the_next_csv_row_is_whole(script, room):
+    succeed(script, QUICK, "--csv r.csv")
+    size = os.path.getsize("r.csv") + room
 
-# --- Faults ----------------------------------------------------------------------------------------------
+    def with_a_full_disk(loss):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        refuse(script, QUICK, "--csv r.csv", says=["--csv r.csv", loss], status=1)
+
+    in_children(with_a_full_disk, rows("r.csv")[0]["val_loss"])
+    succeed(script, QUICK, "--csv r.csv")
+    assert result(rows("r.csv")[-1]) == result(rows("r.csv")[0])
+
+# --- Stops and faults ------------------------------------------------------------------------------------
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+@pytest.fixture
+def send_signal(monkeypatch):
+    """send_signal(script, number, batch): this process gets a signal when a script reads that batch."""
+    def arrange(script, number, batch):
+        get_batch = script.get_batch
+        count = itertools.count(1)
+
+        def get_batch_and_signal(*args):
+            if next(count) == batch:
+                os.kill(os.getpid(), number)
+            return get_batch(*args)
+        monkeypatch.setattr(script, "get_batch", get_batch_and_signal)
+    return arrange
+
 @each_script
-def test_names_are_a_text_and_what_a_terminal_cannot_show_is_a_question_mark(script, monkeypatch):
-    Path("input.txt").write_text("Anaïs\nBüşra\nChloé\nOmar\nZoë\n" * 99, encoding="utf-8")  # one a line
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words(QUICK, "--max_new_tokens 200")])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_with_one_line_its_status_and_no_csv_row(script, number, send_signal):
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    send_signal(script, number, batch=4 + 7)  # the seventh iteration, after an evaluation of both splits
+    flags = f"{QUICK} --max_iters 20 --eval_interval 20 --csv r.csv"
+    error = refuse(script, flags, status=128 + number)
+    assert error == f"{script.__name__}.py: stopped at step 7\n"
+    assert rows("r.csv") == []
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    succeed(script, flags)
+
+@each_script
+def test_train_returns_the_model_that_a_signal_leaves_also_during_an_evaluation(script, send_signal, capsys):
+    config = script.parse_args(split(QUICK, "--eval_iters 100000"))  # which would take minutes
+    send_signal(script, signal.SIGINT, batch=5)
+    model, chars = script.train(config)
+    assert capsys.readouterr().err.endswith(": stopped at step 0\n")
+    assert not model.training and chars == CHARS
+    assert model.generate(torch.zeros(2, 1, dtype=torch.long), 5).shape == (2, 6)
+
+INTERRUPT = """
+import _thread, signal, threading, time
+before = signal.getsignal(signal.SIGINT)
+def interrupt_the_training():
+    while signal.getsignal(signal.SIGINT) == before:
+        time.sleep(0.1)
+    _thread.interrupt_main()
+threading.Thread(target=interrupt_the_training).start()
+"""
+
+@slow
+@each_script
+def test_an_interrupted_cell_of_a_notebook_leaves_the_model_and_its_characters(script, folder):
+    """In a real kernel: a file pasted as a whole, and train() called."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pasted = INTERRUPT + Path(script.__file__).read_text()
+    called = INTERRUPT + f"model, chars = train(parse_args({split(QUICK, '--max_iters 1000000')}))"
+    use = "print(type(model).__name__, len(chars), model.generate(torch.tensor([[0]]), 3).shape)"
+    cells = [nbformat.v4.new_code_cell(source) for source in (pasted, use, called, use)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
+    outputs = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
+    assert outputs[1] == outputs[3] == f"GPT {len(CHARS)} torch.Size([1, 4])\n"
+    assert "stopped at step" in outputs[0] and "stopped at step" in outputs[2]
+
+@slow
+@pytest.mark.parametrize("script", [gpt, gpt_v3])
+def test_ctrl_c_while_cpp_is_compiled_ends_the_run(script, monkeypatch):
+    """A terminal sends it to the C++ compiler, too, which fails."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path("cache").absolute()))
+    process = start(script.__file__, QUICK, "--n_head 1 --n_layer 1 --compile", start_new_session=True)
+    ps = ["ps", "-o", "comm", "-s", str(process.pid)]
+    wait_for(lambda: b"cc1plus" in subprocess.run(ps, capture_output=True).stdout, process)
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = finish(process)
+    assert status == 130 and re.fullmatch(r"gpt\w*.py: stopped by Ctrl-C\n", err)
+
+@each_script
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_csv_row(script, monkeypatch):
+    monkeypatch.setattr(script, "estimate_loss", lambda *args, **options: math.nan)
+    refuse(script, QUICK, "--csv r.csv", says=["step 0", "--learning_rate"], status=1)
+    assert rows("r.csv") == []
+
+@each_script
+def test_a_character_that_the_terminal_cannot_show_is_a_question_mark(script, monkeypatch):
+    Path("input.txt").write_text("Anaïs\nBüşra\nChloé\nOmar\nZoë\n" * 99, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [script.__file__, *split(QUICK, "--max_new_tokens 200")])
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # as with PYTHONIOENCODING=ascii
     with redirect_stdout(out):
         script.main()
@@ -628,660 +986,575 @@ def test_neither_a_byte_order_mark_nor_line_ends_change_a_run(script):
     text = TEXT.replace("a", "à").encode()
     for content in (text, b"\xef\xbb\xbf" + text, text.replace(b"\n", b"\r\n")):
         Path("input.txt").write_bytes(content)
-        good(script, QUICK, "--csv r.csv")
-    assert losses("r.csv") == losses("r.csv")[:1] * 3
-
-@beside
-def test_a_script_copied_alone_outlives_its_reader_and_a_full_disk_for_its_row_and_its_saves(folder):
-    for name in ("gpt.py", "gpt_v2.py", "gpt_v3.py"):
-        shutil.copy(ROOT / name, folder)
-    long = f"{QUICK} --max_iters 200 --eval_interval 10"
-    with open("/dev/full", "w") as full:
-        started = [start(folder, "gpt_v3.py", long, "--csv full.csv --save full.pt", stdout=full),
-                   start(folder, "gpt.py", long, "--csv head.csv"), start(folder, "gpt_v2.py", long)]
-    for process in started[1:]:  # as `| head -3`
-        assert [bool(process.stdout.readline()) for _ in range(3)] == [True] * 3
-        process.stdout.close()
-    for process, status in zip(started, (0, 0, 1)):
-        with process.stderr:
-            assert (process.stderr.read(), process.wait(60)) == ("", status)
-    assert len(rows(folder / "head.csv")) == len(rows(folder / "full.csv")) == 1
-    assert load(folder / "full.pt")["step"] == 200
-
-@each_script
-@pytest.mark.parametrize("when", ["step 10", "final"])
-def test_ctrl_c_is_one_line_and_a_notebook_gets_its_signals_back(script, when):
-    handlers = lambda: [signal.getsignal(number) for number in STOPS]
-    before, interrupt = handlers(), Output(when, lambda: os.kill(os.getpid(), signal.SIGINT))
-    result = call(script, QUICK, "--max_iters 20 --csv r.csv", out=interrupt)
-    assert refused(result, "stopped", status=130) and rows("r.csv") == []
-    assert handlers() == before and good(script, QUICK) and handlers() == before
-
-@each_script
-def test_train_returns_the_model_that_a_signal_leaves_also_during_an_evaluation(script):
-    config = script.parse_args(words(QUICK, "--eval_iters 100000"))  # which would take minutes
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
-        model, chars = script.train(config)
-    assert err.getvalue().count("\n") == 1 and "stopped at step 0" in err.getvalue()
-    assert not model.training and model.generate(torch.zeros(2, 1, dtype=torch.long), 5).shape == (2, 6)
-    config.eval_iters = 2  # what ended that run does not cut short what comes later
-    data = tokens(100)
-    assert script.estimate_loss(model, data, config) == script.estimate_loss(model, data, config, [])
-
-@slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_an_interrupted_cell_of_a_notebook_leaves_the_model_and_its_characters(script, tmp_path):
-    """In a real kernel: a file pasted as a whole, and train() called."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
-    source = (ROOT / f"{script.__name__}.py").read_text()
-    interrupt = "import _thread, threading; threading.Timer(3, _thread.interrupt_main).start()\n"
-    use = "print(type(model).__name__, len(chars), model.generate(torch.tensor([[0]]), 3).shape)"
-    called = f"model, chars = train(parse_args({words(QUICK, '--max_iters 100000')}))"
-    cells = [interrupt + source, use, interrupt + called, use]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
-    outputs = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
-    assert outputs[1] == outputs[3] == f"GPT {len(set(TEXT))} torch.Size([1, 4])\n"
-    assert all("stopped at step" in outputs[i] and "Traceback" not in outputs[i] for i in (0, 2))
-
-@slow
-@beside
-def test_ctrl_c_while_cpp_is_compiled_ends_the_run(folder):
-    """A terminal sends it to the C++ compiler, too, which fails."""
-    started = [start(folder, ROOT / name, QUICK, "--n_head 1 --n_layer 1 --compile", start_new_session=True,
-                     env={"TORCHINDUCTOR_CACHE_DIR": folder / name[:-3]}) for name in ("gpt.py", "gpt_v3.py")]
-    for process in started:
-        ps = ["ps", "-o", "comm", "-s", str(process.pid)]
-        until(lambda: b"cc1plus" in subprocess.run(ps, capture_output=True).stdout, process)
-        os.killpg(process.pid, signal.SIGINT)
-    for process in started:
-        assert refused(end(process), "Ctrl-C", status=130)
-
-# --- Bad input -------------------------------------------------------------------------------------------
-BAD_FLAGS = {  # and what the message has in it
-    "--n_emb 32": ["--n_emb"], "--frobnicate": ["--frobnicate"], "--n_head": ["--n_head"],
-    "--n_embd 100 --n_head 6": ["--n_embd 100", "--n_head 6"],
-    "--n_embd 0": ["--n_embd: must be between 1 and", "not 0"],
-    "--n_embd 3.5": ["--n_embd", "number", "3.5"], "--n_layer 99999999999": ["--n_layer", "1000000000"],
-    "--eval_interval -3": ["--eval_interval: must be between 1 and", "not -3"],
-    "--dropout 1": ["--dropout: must be between 0 and 0.99, not 1"], "--dropout nan": ["--dropout", "nan"],
-    "--learning_rate inf": ["--learning_rate: must be between 0 and 10, not inf"],
-    "--seed -1": ["--seed: must be", "not -1"], "--max_new_tokens -1": ["--max_new_tokens", "not -1"],
-    "--dtype float16": ["--dtype", "float16", "bfloat16"], "--device toaster": ["--device", "toaster", "cpu"],
-    "--data nowhere.txt": ["--data nowhere.txt", "No such file", "https://", "tinyshakespeare/input.txt"],
-    "--data empty.txt": ["--data empty.txt", "--block_size"], "--data .": ["--data ."],
-    "--data latin1.txt": ["--data latin1.txt", "utf-8", "UTF-8"],
-    "--data short.txt --block_size 8": ["--data short.txt", "--block_size 8"],
-    "--csv nowhere/r.csv": ["--csv nowhere/r.csv", "No such file"], "--csv .": ["--csv .", "directory"],
-    "--csv foreign.csv": ["--csv foreign.csv", "columns"]}
-BAD_FLAGS_V3 = {
-    "--pe rotary": ["--pe", "rotary", "rope"], "--pe rope --n_embd 9 --n_head 3": ["--pe rope", "even"],
-    "--pe sinpe --pe_at qk --n_embd 18 --n_head 6": ["--pe sinpe", "qk", "--n_embd 18", "even", "3"],
-    "--pe rope --pe_at qk --attn mla --n_embd 12 --n_head 2": ["--pe rope", "--n_head 2", "even", "3"],
-    "--pe randn --pe_at qk --attn mla --n_embd 4 --n_head 4": ["--pe randn", "--n_embd 4", "0"],
-    "--attn gqa --n_head 6 --n_kv_head 4": ["--n_head 6", "--n_kv_head 4"],
-    "--n_kv_head 2": ["--n_kv_head 2", "gqa"], "--attn mqa --kv_rank 2": ["--kv_rank 2", "mla"],
-    "--attn mla --kv_rank -1": ["--kv_rank", "not -1"], "--codebook 9": ["--codebook 9", "vq"],
-    "--beta2 1": ["--beta2", "0.99999"], "--grad_accum 3": ["--batch_size", "--grad_accum"],
-    "--top_k 0": ["--top_k", "not 0"], "--min_lr -1": ["--min_lr", "not -1"],
-    "--resume nowhere.pt": ["nowhere.pt", "No such file"], "--save no/run.pt": ["--save no/run.pt", "folder"],
-    "--resume a.pt --generate a.pt": ["--resume", "--generate"], "--save foreign.csv": ["--save foreign.csv"]}
-
-@pytest.mark.parametrize("script,flags,parts", [
-    *((script, *bad) for script in (gpt, gpt_v3) for bad in BAD_FLAGS.items()),
-    *((gpt_v3, *bad) for bad in BAD_FLAGS_V3.items())], ids=name_of)
-def test_bad_input_gets_one_line_and_touches_nothing(script, flags, parts):
-    for name, content in {"empty.txt": "", "short.txt": "ab" * 40, "foreign.csv": "a,b\n1,2\n"}.items():
-        Path(name).write_text(content)
-    Path("latin1.txt").write_bytes("déjà vu".encode("latin-1"))
-    before, result = files(), call(script, flags, "--device cpu" * ("--device" not in flags))
-    assert refused(result, *parts) and result[1] == "" and files() == before
-
-def fuzz(examples):
-    return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None,
-                               suppress_health_check=list(hypothesis.HealthCheck))
-
-ODD = "- -- --tiny inf nan 1e400 cpu cuda:-1 cuda mps xla meta hpu rope qk . .. /dev/null".split()
-WORDS = (some.text(some.characters(exclude_characters="\0"), max_size=8) | some.floats().map(str)
-         | some.integers(-2, 2**70).map(str) | some.sampled_from(ODD))
-DEFAULTS = vars(gpt_v3.parse_args([]))
-SIZES, RATES = ([name for name in DEFAULTS if type(DEFAULTS[name]) is kind] for kind in (int, float))
-
-@fuzz(200)
-@hypothesis.given(some.lists(some.tuples(some.sampled_from([*DEFAULTS, "x"]), WORDS, some.booleans()),
-                             max_size=4))
-def test_any_flags_are_taken_or_refused_in_one_line(flags):
-    argv = []
-    for flag, word, joined in flags:
-        argv += [f"--{flag}={word}"] if joined else [f"--{flag}", word]
-    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
-        try:
-            gpt_v3.parse_args(argv)
-            assert err.getvalue() == ""
-        except SystemExit as end:
-            assert end.code == 2 and len(err.getvalue().splitlines()) == 1
-
-@fuzz(25)
-@hypothesis.given(sizes=some.dictionaries(some.sampled_from(SIZES), some.integers(1, 9), max_size=3),
-                  rates=some.dictionaries(some.sampled_from(RATES), some.floats(0, 1e308), max_size=2),
-                  encoding=some.sampled_from(ENCODINGS))
-def test_any_small_run_ends_well_or_in_one_line(sizes, rates, encoding):
-    flags = sizes | rates | dict(zip(("pe", "pe_at"), encoding))
-    result = call(gpt_v3, QUICK, *(f"--{name}={value}" for name, value in flags.items()))
-    assert result[::2] == (0, "") or refused(result) or refused(result, "not finite", status=1), result
+        succeed(script, QUICK, "--csv r.csv")
+    first, *others = [result(row) for row in rows("r.csv")]
+    assert others == [first, first]
 
 # --- Saved runs ------------------------------------------------------------------------------------------
 RUN = f"""{QUICK} --max_iters 40 --eval_interval 7 --dropout 0.3 --learning_rate 1e-2 --warmup_iters 5
     --min_lr 1e-4 --max_new_tokens 0 --optimizer muon --attn mla --mlp vq --pe_at qk"""
-LONG = f"{RUN} --max_iters 200 --eval_interval 4"
 
-def load(path):
-    return torch.load(path, weights_only=True)
+def assert_same_run(a, b):
+    """Two runs must have ended in the same weights, moments, random states and losses, bit for bit."""
+    for end in (".pt", ".pt.best"):
+        states = []
+        for name in (a, b):
+            state = load(name + end)
+            moments = [optimizer["state"] for optimizer in state["optimizers"]]
+            states.append([state[key] for key in ("model", "generator", "rng", "step", "curve")] + moments)
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert result(rows(f"{a}.csv")[-1]) == result(rows(f"{b}.csv")[-1])
 
-def same(a, b):
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a if key != "train_s")
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-def same_run(a, b):
-    """Whether two runs that were saved ended in the same weights, moments, random states and losses."""
-    return (all(same(load(f"{a}.pt{best}"), load(f"{b}.pt{best}")) for best in ("", ".best"))
-            and {*map(tuple, losses(f"{a}.csv"))} == {*map(tuple, losses(f"{b}.csv"))})
-
-@pytest.fixture
-def saved():
-    """The file of a small run, run.pt -> its bytes."""
-    good(gpt_v3, QUICK, "--save run.pt --n_layer 1")
-    return Path("run.pt").read_bytes()
-
+@slow
 def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not():
-    good(gpt_v3, LONG, "--save whole.pt --csv whole.csv")
-    chance, killed = random.Random(0), 0
-    while killed < 10:
-        name, status = f"run{killed}", None
-        while status != 0:
-            begin = f"--resume {name}.pt" if os.path.exists(f"{name}.pt") else f"{LONG} --save {name}.pt"
-            process = fork.Process(target=good, args=(gpt_v3, begin, f"--csv {name}.csv --device cpu"))
-            process.start()
-            process.join(chance.uniform(0, 0.2 + killed / 50))
-            process.kill()
-            process.join()
-            status = process.exitcode
-            assert status in (0, -signal.SIGKILL)
-            killed += status != 0
-        assert same_run(name, "whole")
+    long = f"{RUN} --max_iters 150 --eval_interval 4"
+    succeed(gpt_v3, long, "--save whole.pt --csv whole.csv")
+    moments = random.Random(0)
+    kills = 0
+    flags = f"{long} --save cut.pt --csv cut.csv"
+    while True:
+        child = fork.Process(target=succeed, args=(gpt_v3, flags))
+        child.start()
+        child.join(moments.uniform(0, 0.2 + kills / 50))
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
+        if os.path.exists("cut.pt"):
+            flags = "--resume cut.pt --csv cut.csv --device cpu"
+    assert kills > 2
+    assert_same_run("cut", "whole")
 
-@pytest.mark.parametrize("number,status", [(number, 128 + number) for number in STOPS])
-def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_equals_one_that_was_not(number, status):
-    good(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
-    kill = Output("step 10", lambda: os.kill(os.getpid(), number))
-    result = call(gpt_v3, RUN, "--save cut.pt --csv cut.csv", out=kill)
-    assert refused(result, "stopped", "--resume cut.pt", status=status)
-    assert 10 <= load("cut.pt")["step"] <= 12 and rows("cut.csv") == []
-    good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
-    assert same_run("cut", "whole")
-    kill = Output("step 10", lambda: os.kill(os.getpid(), number))
-    result = call(gpt_v3, RUN, out=kill)
-    assert refused(result, "stopped", status=status) and "--resume" not in result[2]
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("batch", [3, 20])
+def test_a_run_stopped_by_a_signal_says_how_to_resume_and_equals_one_that_was_not(number, batch, send_signal):
+    succeed(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
+    send_signal(gpt_v3, number, batch)  # during the first evaluation, or between two
+    error = refuse(gpt_v3, RUN, "--save cut.pt --csv cut.csv", status=128 + number)
+    step = load("cut.pt")["step"]
+    assert error == f"gpt_v3.py: stopped at step {step}; --resume cut.pt continues it\n"
+    assert step == {3: 0, 20: 12}[batch] and rows("cut.csv") == []
+    assert "--tiny" not in succeed(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
+    assert_same_run("cut", "whole")
+
+def test_best_holds_the_step_with_the_lowest_val_loss():
+    Path("input.txt").write_text(TEXT[:900])
+    flags = "--max_iters 300 --eval_interval 20 --learning_rate 1e-2 --dropout 0 --pe randn --dtype float32"
+    succeed(gpt_v3, QUICK, flags, "--save run.pt --csv r.csv")
+    row = rows("r.csv")[0]
+    last = load("run.pt")
+    best = load("run.pt.best")
+    assert 0 < best["step"] == int(row["best_iter"]) < last["step"] == 300
+    assert list(last["curve"]) == list(range(0, 301, 20))
+    for path, loss in (("run.pt", "val_loss"), ("run.pt.best", "best_val_loss")):
+        model, chars = gpt_v3.load(path)
+        assert not model.training
+        val_data = torch.tensor([chars.index(char) for char in TEXT[810:900]])
+        config = gpt_v3.parse_args(split(QUICK, "--dtype float32"))
+        assert gpt_v3.estimate_loss(model, val_data, config) == pytest.approx(float(row[loss]), abs=1e-5)
 
 def test_a_save_that_finds_no_room_costs_a_warning_and_keeps_the_last_one():
-    good(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
-    def work():
-        full = Output("step 10", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
-        status, out, err = call(gpt_v3, RUN, "--save cut.pt", out=full)
-        assert status == 0 and "final: " in out
-        assert re.fullmatch("(gpt_v3.py: warning: --save cut.pt.*\n){5,}", err)  # at least one an evaluation
-    in_a_process(work)
-    assert load("cut.pt")["step"] == 7
-    good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
-    assert same_run("cut", "whole")
+    succeed(gpt_v3, RUN, "--save whole.pt --csv whole.csv")
+    get_batch = gpt_v3.get_batch
+    batches = itertools.count()
 
-def test_save_replaces_no_file_and_resume_goes_on_further_but_not_back_or_with_another_text(saved):
+    def get_batch_and_fill_the_disk(*args):
+        if next(batches) == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        return get_batch(*args)
+
+    def work(flags):
+        gpt_v3.get_batch = get_batch_and_fill_the_disk
+        status, out, err = run(gpt_v3, flags)
+        assert status == 0 and "final: " in out
+        assert re.fullmatch("(gpt_v3.py: warning: --save cut.pt.*\n){5,}", err)
+
+    in_children(work, f"{RUN} --save cut.pt")
+    assert load("cut.pt")["step"] == 7
+    succeed(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu")
+    assert_same_run("cut", "whole")
+
+@pytest.mark.parametrize("flags,words", cases("""
+    --save run.pt                       --save run.pt / already exists; --resume run.pt
+    --resume run.pt --max_iters 3       run.pt / step 4 / --max_iters 3
+    --resume run.pt --optimizer muon    run.pt / adamw / --optimizer muon
+    --resume run.pt --data other.txt    run.pt / --data other.txt / --init_from
+    --resume run.pt --n_embd 32         run.pt / --n_embd 32 / 16
+    --resume run.pt --pe rope           run.pt / --pe rope / sinpe
+    --generate run.pt --n_layer 2       run.pt / --n_layer 2 / 1
+    --generate run.pt --mlp vq          run.pt / --mlp vq / gelu
+    --init_from run.pt --block_size 9   run.pt / --block_size 9 / 8"""))
+def test_flags_that_do_not_fit_a_saved_run_are_named_and_it_is_kept(saved, flags, words):
     Path("other.txt").write_text(TEXT[1:])
     before = files()
-    for flags, parts in (("--save run.pt", ["--save run.pt", "--resume"]),
-                         ("--resume run.pt --max_iters 3", ["run.pt", "step 4", "--max_iters 3"]),
-                         ("--resume run.pt --optimizer muon", ["run.pt has adamw", "--optimizer muon"]),
-                         ("--resume run.pt --data other.txt", ["run.pt", "--data other.txt"])):
-        result = call(gpt_v3, flags, "--device cpu")
-        assert refused(result, *parts) and "step" not in result[1] and files() == before
-    good(gpt_v3, "--resume run.pt --max_iters 6 --tiny --csv r.csv --device cpu")  # --tiny changes nothing
-    (row,) = rows("r.csv")
-    assert load("run.pt")["step"] == 6 and row["n_embd"] == "16" and re.match("0:.* 4:.* 6:", row["curve"])
+    refuse(gpt_v3, flags, "--device cpu", says=words)
+    assert files() == before
 
-def test_a_resumed_run_says_when_its_schedule_changes_and_what_does_not_fit(saved):
+def test_resume_goes_further_and_keeps_the_flags_of_the_run(saved):
+    succeed(gpt_v3, "--resume run.pt --max_iters 6 --tiny --csv r.csv --device cpu")
+    row = rows("r.csv")[0]
+    assert load("run.pt")["step"] == 6 and row["n_embd"] == "16"
+    assert re.fullmatch("0:.* 2:.* 4:.* 6:[^ ]*", row["curve"])
+
+@pytest.mark.parametrize("flags,changes", [
+    ("", False), ("--max_iters 9", False), ("--learning_rate 1e-2", True), ("--warmup_iters 3", True),
+    ("--min_lr 1e-4 --max_iters 9", True)])
+def test_resume_says_when_the_schedule_changes(saved, flags, changes):
+    out = succeed(gpt_v3, "--resume run.pt --device cpu", flags)
+    assert ("learning rate now follows" in out) == changes
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+def test_files_that_are_not_saved_runs_are_refused_and_not_executed(saved):
     state = load("run.pt")
-    for flags, said in (("", False), ("--max_iters 9", False), ("--learning_rate 1e-2", True),
-                        ("--min_lr 1e-4 --max_iters 9", True)):
-        Path("run.pt").write_bytes(saved)
-        out = good(gpt_v3, "--resume run.pt --device cpu", flags)
-        assert ("learning rate now follows" in out) == said, flags
-    other = state["flags"] | {"n_embd": 32}
-    wrong = {"flags": (state | {"flags": other}, "its weights do not fit its flags"),
-             "new": (state | {"flags": other | {"frob": 1}}, "different flags"),
-             "optimizer": (state | {"optimizers": []}, "its optimizer or random state does not fit")}
-    for content, message in wrong.values():
-        torch.save(content, "bad.pt")
-        assert refused(call(gpt_v3, "--resume bad.pt --device cpu"), "bad.pt", message)
+    flags = state["flags"]
+    wide = flags | {"n_embd": 32}
+    things = {"a list": [state], "a module": torch.nn.Linear(1, 1), "evil": Evil(),
+              "evil flags": state | {"flags": Evil()}, "no flags": {"model": state["model"]},
+              "different flags": state | {"flags": flags | {"frob": 1}},
+              "its weights do not fit its flags": state | {"flags": wide}}
+    for name, thing in things.items():
+        torch.save(thing, name)
+    whole = Path("run.pt").read_bytes()
+    Path("half").write_bytes(whole[:len(whole) // 2])
+    Path("text").write_bytes(b"words\n")
+    for use, name in itertools.product(("--resume", "--generate"), (*things, "half", "text")):
+        reason = name if name.endswith("flags") else "not a file that --save wrote"
+        refuse(gpt_v3, use, shlex.quote(name), "--device cpu", says=[name] if "evil" in name else [reason])
+    torch.save(state | {"optimizers": []}, "bad.pt")
+    refuse(gpt_v3, "--resume bad.pt --device cpu", says=["bad.pt: its optimizer or random state"])
+    assert not os.path.exists("executed")
 
-def test_load_gives_the_model_ready_to_sample_from(saved):
-    model, chars = gpt_v3.load("run.pt")
-    assert not model.training and chars == sorted(set(TEXT))
-    torch.testing.assert_close(dict(model.state_dict()), dict(load("run.pt")["model"]))
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_sampling_computes_in_dtype(saved, dtype):
-    seen = set()
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if str(function.overloadpacket) in ("aten.mm", "aten.addmm"):
-                seen.add(args[1].dtype)
-            return function(*args, **kwargs or {})
-    with Watch():
-        good(gpt_v3, "--generate run.pt --max_new_tokens 3 --device cpu --dtype", dtype)
-    assert seen == {getattr(torch, dtype)}
-
-def test_a_flag_of_another_shape_is_named(saved):
-    flags = {"--n_embd 32": 16, "--n_head 4": 2, "--n_layer 2": 1, "--block_size 9": 8, "--pe rope": "sinpe",
-             "--mlp vq": "gelu"}
-    for (flag, was), use in itertools.product(flags.items(), ("--resume", "--generate")):
-        assert refused(call(gpt_v3, use, "run.pt", flag, "--device cpu"), flag, "run.pt", was)
-
-def test_foreign_and_hostile_files_are_refused_and_not_executed(saved):
-    state, Evil = load("run.pt"), type("", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})
-    without = lambda *names: {name: value for name, value in state.items() if name not in names}
-    bad = {"empty": b"", "text": b"words\n", "half": saved[:len(saved) // 2], "headless": saved[100:],
-           "pickle": pickle.dumps({"flags": Evil()}), "flags": pickle.dumps(state["flags"]),
-           "number": 1, "list": [state], "module": torch.nn.Linear(1, 1), "tensor": torch.ones(3),
-           "evil": Evil(), "evil flags": state | {"flags": Evil()}, "evil chars": state | {"chars": [Evil()]},
-           "no flags": without("flags"), "no model": without("model"), "no steps": without("step", "model"),
-           "other model": state | {"model": {"x": torch.ones(1)}}}
-    for (name, thing), use in itertools.product(bad.items(), ("--resume", "--generate")):
-        Path("bad.pt").write_bytes(thing) if isinstance(thing, bytes) else torch.save(thing, "bad.pt")
-        assert refused(call(gpt_v3, use, "bad.pt --max_iters 9 --device cpu"), "bad.pt"), (name, use)
-    assert refused(call(gpt_v3, "--resume ."), ".: ") and not os.path.exists("executed")
-
-def test_generate_is_deterministic_where_it_has_to_be_and_writes_a_character_at_a_time(saved):
-    use = "--generate run.pt --max_new_tokens 40 --device cpu"
-    text = lambda *flags, **more: good(gpt_v3, use, *flags, **more)
-    assert text("--seed 1") == text("--seed 1") != text("--seed 2")
-    assert len({text("--top_k 1 --seed 1"), text("--top_k 1 --seed 2"), text("--temperature 0")}) == 1
-    assert len(text("--prompt ''")) == 1 + 40 + 1 == len(text("--prompt ROMEO:", out=(out := Output()))) - 5
-    calls = [entry for entry in out.calls if entry]
-    assert calls[:2] == ["ROMEO:", "flush"] and calls[3:82:2] == ["flush"] * 40
-    assert [*map(len, calls[2:82:2])] == [1] * 40
-    unknown = call(gpt_v3, "--generate run.pt --device cpu --prompt a€")
-    assert refused(unknown, "--prompt", "€") and len(unknown[2]) < 100
-
-def test_several_texts_are_written_at_once(saved):
-    use = "--generate run.pt --max_new_tokens 30 --prompt ROMEO: --device cpu --num_samples 3"
-    *texts, rest = good(gpt_v3, use).split("\n" + "-" * 20 + "\n")
-    assert rest == "" and [re.match("ROMEO:", text) and len(text) for text in texts] == [36] * 3
-
-def test_finetuning_starts_anew_from_the_weights_and_the_characters_of_a_saved_model(saved):
+# --- Finetuning and other data ---------------------------------------------------------------------------
+def test_finetuning_begins_with_the_weights_and_characters_of_a_saved_run_and_a_fresh_optimizer(saved):
     Path("backwards.txt").write_text(TEXT[::-1])
     finetune = "--init_from run.pt --data backwards.txt --batch_size 4 --max_iters 3 --eval_iters 2"
-    out = good(gpt_v3, finetune, "--device cpu --optimizer muon --save new.pt --csv r.csv --max_new_tokens 0")
-    (row,), old, new = rows("r.csv"), load("run.pt"), load("new.pt")
-    first = float(re.search("step 0: train loss (.*?),", out)[1])
-    adamw, muon = (each["param_groups"][0] for each in new["optimizers"])  # muon has a layer's four matrices
-    assert len(muon["params"]) == 4 and (adamw["lr"], adamw["weight_decay"]) == (2 * muon["lr"], 0)
-    assert new["chars"] == old["chars"] and new["step"] == 3 and row["n_embd"] == "16"
-    assert "--init_from run.pt" in row["flags"] and "--max_iters 3" in row["flags"] and first < 4.1
-    good(gpt_v3, "--resume new.pt --max_iters 5 --csv r.csv --device cpu --max_new_tokens 0")
+    out = succeed(gpt_v3, finetune, "--device cpu --save new.pt --csv r.csv --max_new_tokens 0")
+    row = rows("r.csv")[0]
+    new = load("new.pt")
+    model, chars = gpt_v3.load("run.pt")
+    val_data = torch.tensor([chars.index(char) for char in TEXT[::-1][18000:]])
+    config = gpt_v3.parse_args(split(QUICK))
+    loss = gpt_v3.estimate_loss(model, val_data, config)
+    assert f"val loss {loss:.4f}" in out.split("\n")[2]
+    assert new["chars"] == chars and new["step"] == 3 and row["n_embd"] == "16"
+    assert "--init_from run.pt" in row["flags"] and "--max_iters 3" in row["flags"]
+    succeed(gpt_v3, "--resume new.pt --max_iters 5 --csv r.csv --device cpu --max_new_tokens 0")
     assert "--init_from run.pt" in rows("r.csv")[1]["flags"]
     Path("backwards.txt").write_text(TEXT + "é€")
-    assert refused(call(gpt_v3, finetune, "--device cpu"), "--data backwards.txt", "é", "€")
+    refuse(gpt_v3, finetune, "--device cpu", says=["--data backwards.txt", "é", "€"])
 
-def folder(name, train, val, meta=None):
+def write_folder(name, train, val, meta=None):
+    """Write a folder as nanoGPT prepares it."""
     Path(name).mkdir(exist_ok=True)
-    for file, data in {"train.bin": train, "val.bin": val, **({"meta.pkl": meta} if meta else {})}.items():
-        Path(name, file).write_bytes(data)
-    return f"--data {name}"
+    Path(name, "train.bin").write_bytes(train)
+    Path(name, "val.bin").write_bytes(val)
+    if meta:
+        Path(name, "meta.pkl").write_bytes(meta)
 
-def ids(text, chars):
-    return b"".join(chars.index(char).to_bytes(2, "little") for char in text)
+def uint16(text):
+    return b"".join(CHARS.index(char).to_bytes(2, "little") for char in text)
 
-def test_a_folder_of_nanogpt_trains_as_its_text_does_and_without_characters_has_gpt_2_s_tokens(monkeypatch):
-    chars = sorted(set(TEXT))
-    meta = pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {}})
-    flags = folder("chars", ids(TEXT[:18000], chars), ids(TEXT[18000:], chars), meta)
-    text, own = good(gpt_v3, QUICK), good(gpt_v3, QUICK, flags)
-    assert re.sub(r"\d+\.\d+ ms.*", "", text) == re.sub(r"\d+\.\d+ ms.*", "", own)
-    flags = folder("gpt2", ids(TEXT[:1000], chars), b"\x50\xc4" * 100)  # with 50256, the last of GPT-2's
+def test_a_folder_of_nanogpt_trains_as_its_text_does():
+    meta = pickle.dumps({"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": {}})
+    write_folder("chars", uint16(TEXT[:18000]), uint16(TEXT[18000:]), meta)
+    text = succeed(gpt_v3, QUICK, "--csv r.csv")
+    folder = succeed(gpt_v3, QUICK, "--csv r.csv --data chars/")
+    assert text.split("final: ")[1] == folder.split("final: ")[1]
+    one, two = rows("r.csv")
+    assert one["curve"] == two["curve"] and two["data"] == "chars"
+    assert int(two["data_crc32"]) == zlib.crc32(uint16(TEXT))
+
+def test_a_folder_without_characters_has_the_tokens_of_gpt_2(monkeypatch):
+    write_folder("gpt2", uint16(TEXT[:1000]), b"\x50\xc4" * 100)  # 50256 is the last of them
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # not installed
-    _, out, err = call(gpt_v3, QUICK, flags, "--save gpt2.pt --csv r.csv --max_iters 1 --max_new_tokens 5")
-    assert re.search(r"\n0 (\d+ ){5}\n$", out) and rows("r.csv")[0]["data"] == "gpt2"
+    _, out, err = run(gpt_v3, QUICK, "--data gpt2 --save gpt2.pt --max_iters 1 --max_new_tokens 5")
+    assert re.search(r"\n0 (\d+ ){5}\n$", out)
     assert "pip install tiktoken" in err and err.count("\n") == 1
     generate = "--generate gpt2.pt --max_new_tokens 3 --device cpu --prompt"
-    assert re.fullmatch(r"7 50256 (\d+ ){3}\n", call(gpt_v3, generate, "'7 50256'")[1])
-    assert call(gpt_v3, generate, "'7 x'")[0] == 2
-    bpe = SimpleNamespace(encode=lambda text, **_: [len(word) for word in text.split()],
-                          decode=lambda ids: " ".join("x" * (i % 9) for i in ids))
-    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=lambda name: bpe))
-    assert re.fullmatch(r"xx xxx( x*){3}\n", good(gpt_v3, generate, "'ab abc'"))
+    assert re.fullmatch(r"7 50256 (\d+ ){3}\n", run(gpt_v3, generate, "'7 50256'")[1])
+    assert run(gpt_v3, generate, "'7 x'")[0] == 2
+    tokenizer = types.SimpleNamespace(  # one that knows how long words are
+        encode=lambda text, **options: [len(word) for word in text.split()],
+        decode=lambda ids: " ".join("x" * (i % 9) for i in ids))
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=lambda name: tokenizer))
+    assert re.fullmatch(r"xx xxx( x*){3}\n", succeed(gpt_v3, generate, "'ab abc'"))
 
-def test_a_damaged_or_hostile_folder_is_refused():
-    zeros, ab = b"\0" * 98, pickle.dumps({"itos": {0: "a", 1: "b"}})
-    for train, val, meta, parts in [
-            (zeros[1:], zeros, None, ["train.bin", "odd"]), (zeros, b"", None, ["val.bin"]),
-            (zeros, zeros[:16], None, ["val.bin", "--block_size 8"]),
-            (b"\1\0\0\0" * 49, zeros, None, ["train.bin", "uint32"]),
-            (b"\xff" * 98, zeros, None, ["train.bin", "65535"]), (b"\2\0" * 49, zeros, ab, ["id 2", "1"]),
-            (zeros, zeros, pickle.dumps({"itos": print}), ["meta.pkl", "builtins.print"]),
-            (zeros, zeros, pickle.dumps(7), ["meta.pkl", "itos"]),
-            (zeros, zeros, pickle.dumps({"stoi": {"a": 0}}), ["meta.pkl", "itos"]),
- (zeros, zeros, b"words", ["meta.pkl"])]:
-        assert refused(call(gpt_v3, QUICK, folder("f", train, val, meta)), "--data f", *parts), parts
+ZEROS = bytes(98)
+@pytest.mark.parametrize("train,val,meta,words", [
+    (ZEROS[1:], ZEROS, None, ["train.bin", "odd"]),
+    (ZEROS, b"", None, ["val.bin"]),
+    (ZEROS, ZEROS[:16], None, ["val.bin", "--block_size 8"]),
+    (b"\1\0\0\0" * 49, ZEROS, None, ["train.bin", "uint32"]),
+    (b"\xff" * 98, ZEROS, None, ["train.bin", "65535"]),
+    (b"\2\0" * 49, ZEROS, pickle.dumps({"itos": {0: "a", 1: "b"}}), ["id 2", "ends at 1"]),
+    (ZEROS, ZEROS, pickle.dumps({"itos": print}), ["meta.pkl", "builtins.print"]),
+    (ZEROS, ZEROS, pickle.dumps(7), ["meta.pkl", "itos"]),
+    (ZEROS, ZEROS, pickle.dumps({"stoi": {"a": 0}}), ["meta.pkl", "itos"]),
+    (ZEROS, ZEROS, b"words", ["meta.pkl"])])
+def test_a_damaged_or_hostile_folder_is_refused(train, val, meta, words):
+    write_folder("f", train, val, meta)
+    refuse(gpt_v3, QUICK, "--data f", says=["--data f", *words])
 
 @slow
-@beside
-def test_a_file_of_4_gb_is_not_read_into_memory(folder):
-    (folder / "big").mkdir()
-    for name, size in ("train.bin", 2**32), ("val.bin", 2**20):
-        with open(folder / "big" / name, "wb") as file:
-            file.truncate(size)  # sparse: zeros that take no room
-    (folder / "big/meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
-    code = f"""import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import gpt_v3
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-before = peak(); gpt_v3.train(gpt_v3.parse_args({words(QUICK, '--data big --max_iters 300 --batch_size 32')}))
-assert peak() - before < 1, (before, peak())"""
-    status, out, err = end(start(folder, "-c", shlex.quote(code)), 300)
-    assert (status, err) == (0, "") and "final: " in out
+def test_a_folder_of_2_gb_is_not_read_into_memory():
+    write_folder("big", b"", b"", pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    os.truncate("big/train.bin", 2**31)  # sparse: zeros that take no room
+    os.truncate("big/val.bin", 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train(gpt_v3, "--data big --max_iters 300 --batch_size 32")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
 
 # --- Several processes -----------------------------------------------------------------------------------
-GLOO = f"{RUN} --optimizer adamw --dropout 0 --dtype float32 --batch_size 8 --learning_rate 1e-3"
+DDP = f"""{QUICK} --max_iters 40 --eval_interval 7 --dropout 0 --dtype float32 --batch_size 8 --grad_clip 0.5
+    --learning_rate 1e-2 --min_lr 1e-4"""
+
+def torchrun(*flags):
+    return start("-m torch.distributed.run --standalone --nproc_per_node=2", ROOT / "gpt_v3.py", *flags)
 
 @slow
-@beside
-def test_two_processes_equal_one_and_save_at_a_signal_what_one_goes_on_with(folder):
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2", ROOT / "gpt_v3.py", GLOO
-    whole = start(folder, *torchrun, "--save two.pt --csv two.csv --grad_accum 2")
-    cut = start(folder, *torchrun, "--max_iters 100000 --eval_interval 50000 --save cut.pt --csv cut.csv")
-    until(lambda: cut.stdout.readline().startswith("step 10 "), cut)
-    cut.send_signal(signal.SIGTERM)
-    (status, _, err), step = end(cut), load(folder / "cut.pt")["step"]
-    assert status != 0 and step > 10 and rows(folder / "cut.csv") == []
-    assert err.count(f"stopped at step {step}; --resume cut.pt continues it") == err.count("stopped at") == 1
-    status, out, err = end(whole)
+def test_two_processes_of_ddp_train_like_one():
+    status, out, err = finish(torchrun(DDP, "--grad_accum 2 --save two.pt --csv r.csv"))
     assert status == 0 and "Warning" not in err and out.count("final: ") == 1
-    def go_on():
-        os.chdir(folder)
-        good(gpt_v3, "--resume cut.pt --csv cut.csv --device cpu --max_iters", step + 3)
-        assert load("cut.pt")["step"] == step + 3 and len(rows("cut.csv")) == len(rows("two.csv")) == 1
-        good(gpt_v3, GLOO, "--save one.pt")
-        one, two = (dict(load(f"{name}.pt")["model"]) for name in ("one", "two"))
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
-    return go_on
+    succeed(gpt_v3, DDP, "--save one.pt --csv r.csv")
+    one, two = [dict(load(path)["model"]) for path in ("one.pt", "two.pt")]
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    two, one = rows("r.csv")
+    assert float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), abs=1e-4)
+
+@slow
+def test_ddp_stopped_by_a_signal_is_saved_once_and_resumed_by_one_process():
+    process = torchrun(DDP, "--max_iters 1000000 --eval_interval 500000 --save cut.pt --csv r.csv")
+    wait_for(lambda: process.stdout.readline().startswith("step 10 "), process)
+    process.terminate()
+    status, out, err = finish(process)
+    step = load("cut.pt")["step"]
+    assert status != 0 and step > 10 and rows("r.csv") == []
+    assert err.count(f"stopped at step {step}; --resume cut.pt continues it") == err.count("stopped at") == 1
+    succeed(gpt_v3, "--resume cut.pt --csv r.csv --device cpu --eval_interval 100 --max_iters", step + 3)
+    assert load("cut.pt")["step"] == step + 3 and len(rows("r.csv")) == 1
 
 # --- The sweep -------------------------------------------------------------------------------------------
-SAME = """--n_layer 1 --n_head 2 --n_embd 16 --batch_size 2 --block_size 8 --max_iters 2 --eval_interval 2
-    --eval_iters 1 --device cpu --data input.txt"""  # which leaves gpt, gpt_v2 and three encodings
+def sweep(*flags, script=ROOT / "sweep.sh", **variables):
+    """Start sweep.sh in a process group of its own, with the Python that runs the tests."""
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
+    for name in ("HOME", "LANG", "TMPDIR"):
+        if name in os.environ:
+            env[name] = os.environ[name]
+    return subprocess.Popen(["bash", script, *split(*flags)], env=env, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-def sweep(folder, *flags, script=ROOT / "sweep.sh", env=()):
-    """Start sweep.sh in a process group of its own, python3 being the one that runs the tests."""
-    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **dict(env)}
-    env |= {key: os.environ[key] for key in os.environ if not re.match("SLURM|OMP|CUDA|JOBS|SAVE|PATH", key)}
-    return subprocess.Popen(
-        ["bash", script, *words(*flags)], env=env, cwd=folder, start_new_session=True, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+TRIFLE = """--n_layer 1 --n_head 2 --n_embd 16 --batch_size 2 --block_size 8 --max_iters 2 --eval_interval 2
+    --eval_iters 1 --device cpu --data input.txt"""
 
-def test_the_sweep_is_the_56_runs_of_the_experiment(tmp_path):
-    pattern = (r"python3 .*/(gpt\w*)\.py (?:--pe (\w+) )?--n_embd (\d+) --n_head (\d+) --n_layer (\d+) "
-               r".*--once --max_new_tokens 0 \n")
-    for flags, widths, depths in (("", (384, 768), (6, 8, 12)), ("--laptop", (96, 192), (3, 4, 6))):
-        status, out, err = end(sweep(tmp_path, "--dry-run --csv new.csv", flags, "-- --seed 2"))
-        grid = itertools.product(("gpt_v3",), ("randn", "sinpe", "rope"), widths, (6, 8, 12), depths)
-        both = [(name, "", widths[0], 6, depths[0]) for name in ("gpt", "gpt_v2")]
-        expected = sorted(tuple(map(str, run)) for run in [*both, *grid])
-        assert (status, err) == (0, "") and sorted(re.findall(pattern, out)) == expected
-        assert out.count("--seed 2") == len(expected) == 56
-    out = end(sweep(tmp_path, "--dry-run --only 'n_embd 384'"))[1]
-    assert out.count("\n") == 29 and not (tmp_path / "new.csv").exists()
-    task = end(sweep(tmp_path, "--dry-run", env={"SLURM_ARRAY_TASK_ID": "55"}))[1]
+@pytest.mark.parametrize("flags,widths,depths,rest", [
+    ("", "384 768", "6 8 12", ""),
+    ("--laptop", "96 192", "3 4 6", "laptop.txt --batch_size 8 --block_size 64 --max_iters 5000 "
+     "--eval_interval 500 --eval_iters 60 --learning_rate 5e-4 --dropout 0.06")])
+def test_the_sweep_is_the_56_runs_of_the_experiment(flags, widths, depths, rest):
+    status, out, err = finish(sweep("--dry-run --csv new.csv", flags, "-- --seed 2"))
+    runs = [f"gpt{version}.py --n_embd {widths.split()[0]} --n_head 6 --n_layer {depths.split()[0]}"
+            for version in ("", "_v2")]
+    for pe, width, head, depth in itertools.product(
+            ("randn", "sinpe", "rope"), widths.split(), (6, 8, 12), depths.split()):
+        runs.append(f"gpt_v3.py --pe {pe} --n_embd {width} --n_head {head} --n_layer {depth}")
+    lines = out.splitlines()
+    assert (status, err) == (0, "") and len(lines) == 56
+    assert sorted(re.search(r"(gpt\S*\.py .*) --data", line)[1] for line in lines) == sorted(runs)
+    assert all(rest in line and "--seed 2 --csv new.csv --once" in line for line in lines)
+    assert not os.path.exists("new.csv")
+
+def test_a_sweep_can_be_a_part_of_itself_or_one_task_of_slurm():
+    assert finish(sweep("--dry-run --only 'n_embd 384'"))[1].count("\n") == 29
+    task = finish(sweep("--dry-run", SLURM_ARRAY_TASK_ID="55"))[1]
     assert task.count("\n") == 1 and "--pe rope --n_embd 768 --n_head 12 --n_layer 12" in task
-    assert "usage: " in end(sweep(tmp_path, "--help"))[1]
+    assert finish(sweep("--help"))[1].startswith("usage: ")
 
-@pytest.mark.parametrize("flags,message", {
-    "--frobnicate": "usage: ", "--csv": "usage: ", "--only nothing": "no such run",
-    "--csv r.csv -- --data no.txt": "--data no.txt: ", "--csv r.csv -- --frobnicate": "--frobnicate"}.items())
-def test_what_is_wrong_with_a_sweep_is_said_once(tmp_path, flags, message):
-    status, out, err = end(sweep(tmp_path, flags))
-    assert status == 2 and err.count(message) == 1 and "Traceback" not in err and "final" not in out
-    assert "error: " not in err or err.count("\n") == 1
-
-def test_a_sweep_runs_what_is_not_in_its_csv_and_says_what_failed(tmp_path):
-    flags = f"--only 'n_head 6 --n_layer 6' --csv r.csv -- {SAME}"  # eight runs, five of them different
-    status, out, err = end(sweep(tmp_path, flags, env={"JOBS": "1"}))
-    assert (status, err) == (0, "") and out.count("start: ") == 8 and out.count(": final: train loss ") == 5
-    assert out.count("nothing to do") == 3 and len(rows(tmp_path / "r.csv")) == 5
-    assert end(sweep(tmp_path, flags))[1].count("nothing to do") == 8
-    Path("input.txt").write_text(TEXT[1:])  # of the same name
-    assert end(sweep(tmp_path, flags, env={"JOBS": "1"}))[1].count("nothing") == 3
-    assert len(rows(tmp_path / "r.csv")) == 10
-
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
-    case = f'case $1 in *gpt.py) echo broken >&2; exit 7;; *) exec {sys.executable} "$@";; esac'
-    (tmp_path / "python3").write_text(f"#!/bin/sh\n{case}\n")
-    (tmp_path / "python3").chmod(0o755)
-    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    status, out, err = end(sweep(tmp_path, "--only 'gpt.py\\|gpt_v2' --csv r.csv --", SAME, env=env))
-    assert (status, err) == (1, "broken\n1 runs failed; rerun to continue\n")
-    assert [row["experiment"] for row in rows(tmp_path / "r.csv")] == ["gpt_v2"] and out.count("start") == 2
+@pytest.mark.parametrize("flags,message", [
+    ("--frobnicate", "usage: "), ("--csv", "usage: "), ("--only nothing", "error: there is no such run"),
+    ("--csv r.csv -- --data no.txt", "error: --data no.txt: "),
+    ("--csv r.csv -- --frobnicate", "error: unrecognized arguments: --frobnicate")])
+def test_what_is_wrong_with_a_sweep_is_said_once(flags, message):
+    status, out, err = finish(sweep(flags))
+    assert status == 2 and err.count(message) == 1 and "final" not in out
+    assert message == "usage: " or err.count("\n") == 1
 
 @slow
-def test_ctrl_c_ends_a_sweep_and_its_runs_and_a_saved_one_continues(tmp_path):
-    long = ["--only 'rope.*768.*12.*12' --csv r.csv --", SAME, "--max_iters 1000000 --eval_interval 1000000"]
-    process = sweep(tmp_path, *long, env={"SAVE": "kept"})
-    until(lambda: list(tmp_path.glob("kept/*.pt")), process)
+def test_a_sweep_runs_what_its_csv_does_not_have():
+    flags = f"--only 'gpt_v2\\|randn.*n_head 6 --n_layer 6' --csv r.csv -- {TRIFLE}"
+    status, out, err = finish(sweep(flags, JOBS="1"))
+    assert (status, err) == (0, "")
+    assert out.count("start: ") == 3 and out.count(": final: train loss ") == 2
+    assert out.count("nothing to do") == 1 and len(rows("r.csv")) == 2
+    status, out, err = finish(sweep(flags, JOBS="2"))
+    assert out.count("nothing to do") == 3 and len(rows("r.csv")) == 2
+    Path("input.txt").write_text(TEXT[1:])  # another text of the same name
+    finish(sweep(flags, JOBS="1"))
+    assert len(rows("r.csv")) == 4
+
+@slow
+def test_a_sweep_goes_on_when_a_run_fails_and_says_so_at_the_end(folder):
+    """And is run from elsewhere: relative paths are the caller's."""
+    Path("python3").write_text(f"""#!/bin/sh
+        case $1 in *gpt.py) echo broken >&2; exit 7;; esac
+        exec {sys.executable} "$@" """)
+    Path("python3").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    status, out, err = finish(sweep("--only 'gpt.py\\|gpt_v2' --csv r.csv --", TRIFLE, PATH=path))
+    assert (status, err) == (1, "broken\n1 runs failed; rerun to continue\n")
+    assert [row["experiment"] for row in rows("r.csv")] == ["gpt_v2"] and out.count("start: ") == 2
+
+@slow
+def test_ctrl_c_ends_a_sweep_and_its_runs_and_what_was_saved_is_resumed(folder):
+    flags = f"--only 'rope.*768.*12.*12' --csv r.csv -- {TRIFLE} --max_iters 1000000 --eval_interval 1000000"
+    process = sweep(flags, SAVE="kept")
+    wait_for(lambda: list(folder.glob("kept/*.pt")), process)
     os.killpg(process.pid, signal.SIGINT)
-    status, out, err = end(process, 60)  # the pipes close when the runs have ended
+    status, out, err = finish(process)
     assert status == 130 and "Traceback" not in err and "continues it" in err
-    assert rows(tmp_path / "r.csv") == []
-    assert subprocess.run(["pgrep", "-r", "R,S,D", "-g", str(process.pid)], capture_output=True).stdout == b""
-    assert "--resume kept/" in end(sweep(tmp_path, "--dry-run", *long, env={"SAVE": "kept"}))[1]
+    assert rows("r.csv") == []
+    left = subprocess.run(["pgrep", "-r", "R,S,D", "-g", str(process.pid)], capture_output=True)
+    assert left.stdout == b""
+    assert "--resume kept/" in finish(sweep("--dry-run", flags, SAVE="kept"))[1]
 
 # --- The report ------------------------------------------------------------------------------------------
-SEED_CSV = ROOT / "results/seed.csv"
-
 @pytest.fixture
-def report(tmp_path):
-    """The report and the published losses in results/, with a README.md of all tables there and above."""
-    (tmp_path / "results").mkdir()
+def report(folder):
+    """results/report.py in a folder with the published losses, and with a page of all its tables."""
+    Path("results").mkdir()
     for name in ("report.py", "seed.csv", "choices.csv"):
-        shutil.copy(ROOT / "results" / name, tmp_path / "results")
-    spec = importlib.util.spec_from_file_location("report", tmp_path / "results/report.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    blocks = "".join(f"<!-- report {name} -->\nold\n<!-- /report -->\n" for name in module.TABLES)
-    for page in ("results/README.md", "README.md"):
-        Path(page).write_text(f"top\n{blocks}end\n")
+        shutil.copy(ROOT / "results" / name, "results")
+    names = "summary prediction findings comparisons runs choices".split()
+    blocks = [f"<!-- report {name} -->\nold\n<!-- /report -->\n" for name in names]
+    Path("results/README.md").write_text("top\n" + "".join(blocks) + "end\n")
+    spec = importlib.util.spec_from_file_location("report", folder / "results/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
-def published(name, change=lambda loss, seed: loss, seeds=(1337,), small=True, most=56, **cells):
-    """A CSV of the published runs, or of the small ones that stand for them, with changed losses."""
-    made, path = [], Path("results", name)
-    for row, seed in ((row, seed) for seed in seeds for row in rows(SEED_CSV)[:most]):
-        flags = row["flags"].replace("1337", str(seed)).replace("256", "64" if small else "256")
-        row |= {loss: change(float(row[loss]), seed) for loss in ("train_loss", "val_loss") if row[loss]}
-        row |= {"flags": flags, "curve": "0:4.2:4.2 300:2.5:2.6 600:2.0:2.4 900:1.5:2.7"} | cells
-        shrunk = {"n_embd": int(row["n_embd"]) // 4, "n_layer": int(row["n_layer"]) // 2}
-        made.append(row | shrunk if small else row)
+def write_csv(path, change=lambda loss: loss, flag=("", ""), **cells):
+    """Append to a CSV the published runs at the laptop's size, with changed losses, a flag and cells."""
     gpt.append_row(path)
-    for row in made:
-        gpt.append_row(path, row)
-    return path
+    for row in rows(ROOT / "results/seed.csv"):
+        for name in ("train_loss", "val_loss"):
+            if row[name]:
+                row[name] = change(float(row[name]))
+        row["best_val_loss"] = row["val_loss"]
+        row["n_embd"] = int(row["n_embd"]) // 4
+        row["n_layer"] = int(row["n_layer"]) // 2
+        row["curve"] = "0:4.2:4.2 500:2.5:2.6 1000:2.0:2.4 1500:1.5:2.7"
+        row["flags"] = row["flags"].replace("--block_size 256", "--block_size 64").replace(*flag)
+        gpt.append_row(path, row | cells)
 
-def table(report, name, path):
-    text = report.TABLES[name](report.sweep(SEED_CSV), report.sweep(path)).split("\n\n")[0]
-    return {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in text.split("\n")[2:])}
+def table(report, name, *flags):
+    """A table that report.py prints: {cells up to the first number: the other cells}."""
+    text = succeed(report, *flags).split(f"## {name}\n")[1].split("\n## ")[0]
+    lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: line[1:] for line in lines}
 
-@beside
-def test_the_pages_and_figures_are_what_the_csvs_give(folder):
+def test_the_committed_tables_and_figures_are_what_the_csvs_give():
     assert "<!-- report findings -->" in (ROOT / "results/README.md").read_text()
-    assert end(start(folder, ROOT / "results/report.py", "--check")) == (0, "", "")
+    assert finish(start(ROOT / "results/report.py", "--check")) == (0, "", "")
 
-def test_a_report_writes_both_pages_and_check_finds_each_difference(report):
-    path = published("laptop.csv")
-    assert call(report) == (0, "", f"{path.resolve()}: 45 of 56 runs\n")
-    made = files("results") | files()
-    for text in (Path(page).read_text() for page in ("README.md", "results/README.md")):
-        assert re.fullmatch(r"top\n(?s:.*--attn mla .* [|] 320 [|]\n.*)end\n", text) and "\nold\n" not in text
-    assert call(report, "--check results/choices.csv") == (0, "", "") and files("results") | files() == made
-    for changed in map(Path, ("README.md", "results/README.md", "results/losses.png", "results/curves.png")):
-        changed.write_bytes(re.sub(rb"[0-9a-f]{64}|reproduced", b"", made[changed]))  # of a figure the hash
-        assert refused(call(report, "--check"), f"{changed.resolve()} is not what ", status=1)
-        changed.write_bytes(made[changed])
-    path.write_text(path.read_text().replace("600:2.0", "600:1.9"))  # of which no table knows
-    assert refused(call(report, "--check"), "losses.png is not what ", status=1)
+def test_a_report_fills_the_page_and_check_finds_what_is_out_of_date(report):
+    write_csv("results/laptop.csv")
+    succeed(report)
+    page = Path("results/README.md").read_text()
+    assert "old" not in page and page.startswith("top\n") and page.endswith("end\n")
+    assert "45 of 56 runs" in page and "--attn mla" in page
+    assert succeed(report, "--check") == ""
+    for name in ("README.md", "losses.png", "curves.png"):
+        path = Path("results", name)
+        content = path.read_bytes()
+        path.write_bytes(re.sub(rb"reproduced|[0-9a-f]{64}", b"", content))
+        refuse(report, "--check", says=[f"{name} is out of date"], status=1)
+        path.write_bytes(content)
+    laptop = Path("results/laptop.csv")
+    laptop.write_text(laptop.read_text().replace("1000:2.0", "1000:1.9"))  # which no table shows
+    refuse(report, "--check", says=["losses.png is out of date"], status=1)
 
-@pytest.mark.parametrize("most", [0, 1, 3, 45])
-def test_any_part_of_another_sweep_is_printed_and_drawn_beside_its_csv(report, most):
-    before, path = files(), published("my.csv", most=most, small=False)
-    status, out, err = call(report, path)
-    assert (status, err) == (0, f"{path}: {most} of 56 runs\n") and f"{most} of 56 runs, {most} rows" in out
-    assert re.findall("## (.+)", out) == list(report.TABLES)[:-1]  # not the choices
-    names = ["my_curves.png", "my_losses.png"] if most > 2 else ["my_losses.png"] if most else []
-    assert sorted(file.name for file in Path("results").glob("*.png")) == names and files() == before
-    assert call(report, path, "--check") == (0, "", "")
-
-def test_a_finding_is_reproduced_or_not_or_within_the_spread_of_seeds(report):
-    found, wide = table(report, "findings", published("same.csv")), "n_embd 768 has the lowest train loss"
-    assert found[wide] == ["16 of 16, +0.545"] * 2 + ["reproduced"]
+def test_a_report_of_the_same_losses_reproduces_every_finding_and_of_turned_ones_hardly_any(report):
+    write_csv("same.csv")
+    found = table(report, "findings", "same.csv")
+    wide = found["n_embd 768 has the lowest train loss"]
+    assert wide == ["16 of 16, +0.545", "16 of 16, +0.545", "reproduced"]
     assert found["n_head moves the val loss less than the other factors"][0] == "3 of 3, +0.353"
-    assert {line[-1] for line in found.values()} == {"reproduced"}
-    found = table(report, "findings", published("turned.csv", lambda loss, seed: 4 - loss))
-    assert found[wide][1:] == ["0 of 16, -0.545", "not reproduced"]
-    chance = lambda loss, seed: loss + 0.1 * seed  # the difference between two seeds has the spread 0.1
-    found = table(report, "findings", published("two.csv", chance, seeds=(1, 2)))
-    assert [found[name][-1] for name in (wide, "pe_type rope has the lowest train loss, n_embd 768")] == [
-        "reproduced", "within the spread of seeds"]
+    verdicts = [line[-1] for line in found.values() if "of" in line[0]]
+    assert len(verdicts) == 14 and set(verdicts) == {"reproduced", "only 2 pairs"}
+    assert table(report, "prediction", "same.csv")["all"] == ["41", "1.00", "44", "1.00"]
+    write_csv("turned.csv", lambda loss: 4 - loss)
+    assert table(report, "prediction", "turned.csv")["all"] == ["41", "-1.00", "44", "-1.00"]
+    found = table(report, "findings", "turned.csv")
+    assert found["n_embd 768 has the lowest train loss"][1:] == ["0 of 16, -0.545", "not reproduced"]
+    write_csv("short.csv", flag=("--max_iters 5000", "--max_iters 50"))
+    found = table(report, "findings", "short.csv")
+    assert found["n_embd 768 has the lowest train loss"][-1] == "only 50 iterations"
 
-def test_the_order_of_rows_and_equal_rows_change_nothing(report):
-    one = published("one.csv", lambda loss, seed: loss + seed, seeds=(1, 2))
-    header, *lines = one.read_text().splitlines(keepends=True)
-    Path("two.csv").write_text(header + "".join(random.Random(0).sample(lines * 2, len(lines) * 2)))
-    assert report.sweep(one) == report.sweep("two.csv")
-    assert "--- |\n| gpt_v3 | sinpe | 384 (96) | 8 | 6 (3) | 1.506 | 3.006 ± 0.707 " in call(report, one)[1]
+def test_a_report_knows_the_spread_of_seeds(report):
+    for seed in (1, 2):
+        write_csv("two.csv", lambda loss: loss + seed / 10, flag=("--seed 1337", f"--seed {seed}"))
+    found = table(report, "findings", "two.csv")
+    assert found["n_embd 768 has the lowest train loss"][-1] == "reproduced"
+    assert found["pe_type rope has the lowest train loss, n_embd 768"][-1] == "within the spread of seeds"
+    text = succeed(report, "two.csv")
+    assert re.search(r"sinpe .*\| 384 \(96\) .* 8 \| 6 \(3\) .*\| 1\.656 ± 0\.071 ", text)
+    lines = Path("two.csv").read_text().splitlines(keepends=True)
+    Path("two.csv").write_text(lines[0] + "".join(reversed(lines[1:] * 2)))  # their order, and each twice
+    assert succeed(report, "two.csv") == text
+
+def test_a_report_of_rows_that_differ_in_other_flags_is_a_table_of_them(report):
+    losses = {"0.1": (1.5, 1.6), "0.2": (1.9, 1.7), "0.3": (1.4, 1.4)}
+    gpt.append_row("mine.csv")
+    for dropout, (one, two) in losses.items():
+        for seed, loss in ((1, one), (2, two)):
+            row = rows(ROOT / "results/choices.csv")[0]
+            flags = row["flags"].replace("--dropout 0.0", f"--dropout {dropout}")
+            flags = re.sub("--seed [0-9]+", f"--seed {seed}", flags)
+            gpt.append_row("mine.csv", row | {"flags": flags, "val_loss": loss, "pe_type": "nope"})
+    found = table(report, "choices", "mine.csv")
+    assert found["nothing"][:3] == ["2", "1.550 ± 0.071", "+0.000"]
+    assert found["`--dropout 0.2`"][:3] == ["2", "1.800 ± 0.141", "+0.250"]
+    assert found["`--dropout 0.3`"][:3] == ["2", "1.400 ± 0.000", "-0.150"]
+
+def test_a_report_of_a_part_of_a_sweep_and_of_another_encoding_has_its_tables_and_figures(report):
+    write_csv("mine.csv", pe_type="nope", n_embd=64)
+    assert "nope" in succeed(report, "mine.csv")
+    assert os.path.exists("mine_losses.png") and os.path.exists("mine_curves.png")
+    Path("one.csv").write_text("".join(Path("mine.csv").read_text().splitlines(keepends=True)[:2]))
+    assert "1 rows" in succeed(report, "one.csv")
+    piped = f"{sys.executable} results/report.py mine.csv | head -n 1"
+    assert subprocess.run(piped, shell=True, capture_output=True).stderr == b""
 
 @pytest.mark.parametrize("old,new,message", [
-    (r"\n\Z", "", "line 4 is damaged or cut off"), ("2.7\n", "2", "line 2 is"), (",384,", ",wide,", "line 2"),
-    ("randn", "huh", "line 4 is"), ("300:2.5:2.6", "300:2.5", "line 2"), ("--batch", '"--batch', "line 2 is"),
-    (" 64 ", " 32 ", "rows differ in --batch_size (32, 64); a report is of one setting"),
-    ("3747689809", "1", "rows differ in text (1, 3747689809)"), ("val_loss", "loss", "it is not a CSV of ")])
-def test_a_report_refuses_what_it_cannot_read(report, old, new, message):
-    path = published("my.csv", most=3, small=False)
-    path.write_text(re.sub(old, new, path.read_text(), count=1))
-    assert refused(call(report, path), f"{path}: {message}") and refused(call(report, "no.csv"), "[Errno 2]")
-
-def test_figures_have_eight_lines_a_panel_at_most_and_claim_what_is_so(report):
-    theirs, same, other = map(report.sweep, (SEED_CSV, published("same.csv"), published(
-        "other.csv", lambda loss, seed: 4 - loss if loss > 1.2 else loss, curve="300:2:3 600:1:2")))
-    for ours, claimed in ((same, True), (other, False)):
-        losses, curves = report.losses_figure(theirs, ours), report.curves_figure(theirs, ours)
-        assert curves.get_suptitle().startswith(f"In {9 * claimed} of 9 runs the val loss turns up")
-        assert ("the worse it predicts" in losses.get_suptitle()) == claimed
-        assert [len(axes.lines) for axes in losses.axes] == [40, 40]
-        assert all(len(axes.lines) <= 8 and axes.lines[0].get_xdata()[0] == 300 for axes in curves.axes)
-        assert "channels wide: 384 (ours 96)" in [text.get_text() for text in losses.legends[0].get_texts()]
+    (r"\n\Z", "", "the last line is cut off"), (r":2\.7\n", "", "line 2 is cut off"),
+    (",96,", ",wide,", "wide"), ("val_loss", "loss", "the column val_loss is missing"),
+    ("experiment", "x", "it is not a CSV of the scripts"), ("(?s).*", "x", "it is not a CSV of the scripts")])
+def test_a_report_says_what_is_wrong_with_a_csv(report, old, new, message):
+    write_csv("mine.csv")
+    Path("mine.csv").write_text(re.sub(old, new, Path("mine.csv").read_text(), count=1))
+    refuse(report, "mine.csv", says=["mine.csv: ", message])
+    refuse(report, "no.csv", says=["no.csv", "No such file"])
 
 # --- The benchmark ---------------------------------------------------------------------------------------
 SMALL = "--T 16 --n_head 2 --n_embd 32 --batch_size 2 --n_layer 2 --rounds 1 --csv a.csv"
 
-@pytest.mark.parametrize("flags,part", [
-    ("--T 256 x", "x"), ("--T 1", "--T must be at least 2"), ("--T", "--T"), ("--n_head 6 5", "--n_head 5"),
-    ("--dtype float16", "float16"), ("--dropout 1", "--dropout: must be"), ("--rounds 0", "--rounds"),
-    ("--batch_size 0", "--batch_size: must be"), ("--device tpu", "tpu"), ("--csv no/a.csv", "no/a.csv"),
-    ("--csv .", ". is a folder"), ("--plot no/a.png", "no/a.png"), ("--head 6", "--head"), ("extra", "extra"),
-    ("--step --data no.txt", "no.txt"), ("--step --T 16 5000", "5000"), ("--csv b.csv", "pip install -r")])
-def test_a_wrong_flag_of_the_benchmark_is_one_line_before_anything_is_measured(flags, part, monkeypatch):
-    monkeypatch.setattr(bench, "milliseconds", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    before, result = files(), call(bench, flags, "--device cpu" * ("--device" not in flags))
-    assert refused(result, part) and result[1] == "" and files() == before
+@pytest.mark.parametrize("flags,words", cases("""
+    --T 256 x               x
+    --T 1                   --T must be at least 2
+    --T                     --T
+    --n_head 6 5            --n_head 5
+    --dtype float16         float16
+    --dropout 1             --dropout: must be
+    --rounds 0              --rounds
+    --batch_size 0          --batch_size: must be
+    --device tpu            tpu
+    --csv no/a.csv          no/a.csv
+    --csv .                 . is a folder
+    --plot no/a.png         no/a.png
+    --head 6                --head
+    --step --data no.txt    no.txt
+    --step --T 16 5000      5000"""))
+def test_bad_flags_of_the_benchmark_get_one_line_before_anything_is_measured(flags, words):
+    before = files()
+    refuse(bench, flags, "" if "--device" in flags else "--device cpu", says=words)
+    assert files() == before
 
-nothing = lambda x: x - x.detach()  # but a gradient
+def no_gradient(*args):
+    return bench.manual(*args).detach()
+
 WRONG = {
-    "not causal": lambda q, k, v, mask, p: bench.manual(q, k, v, torch.ones_like(mask), p),
-    "drops 3/16": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, 3 / 16 if p else 0.0),
+    "not causal": lambda q, k, v, mask, p: bench.manual(q, k, v, mask | True, p),
+    "drops 3/16, not 1/5": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, min(p, 3 / 16)),
     "not finite": lambda *args: bench.manual(*args) * torch.nan,
-    "twice dq": lambda q, k, v, mask, p: bench.manual(q + nothing(q), k, v, mask, p),
-    "dropout, and dk has a sum": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, p) + p * nothing(k),
-    "dropout, and another for dv": lambda q, k, v, mask, p: bench.manual(q, k, v.detach(), mask, p) + nothing(
-        bench.manual(q.detach(), k.detach(), v, mask, p))}
+    "no gradient of v": lambda q, k, v, mask, p: bench.manual(q, k, v.detach(), mask, p) + 0 * v,
+    "gradients of another mask": lambda *args: bench.manual(*args) + no_gradient(*args) - no_gradient(*args)}
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_the_check_tells_wrong_attention_from_right(wrong, dtype):
+def test_the_check_of_the_benchmark_tells_wrong_attention_from_right(wrong, dtype):
     torch.manual_seed(0)
     *qkv, grad = torch.randn(4, 4, 6, 256, 64, dtype=dtype)
-    rest = *(x.requires_grad_() for x in qkv), grad, torch.tril(torch.ones(256, 256, dtype=torch.bool))
+    mask = torch.tril(torch.ones(256, 256, dtype=torch.bool))
+    inputs = [x.requires_grad_() for x in qkv] + [grad, mask, 0.2, True]
     with pytest.raises(ArithmeticError, match="wrong: the error is"):
-        bench.check(WRONG[wrong], *rest, 0.2, True)
-    right = WRONG[wrong] if wrong.startswith("drop") else bench.manual
-    assert bench.check(right, *rest, 0.0, True) < 0.5 and bench.check(bench.manual, *rest, 0.2, True) < 0.5
+        bench.check(WRONG[wrong], *inputs)
+    assert bench.check(bench.manual, *inputs) < 0.5
 
-@pytest.mark.parametrize("device,dtype,dropout", [
-    *(pytest.param("cpu", *how, marks=slow) for how in (("float32", 0.2), ("bfloat16", 0.0))),
-    *(pytest.param("cuda", dtype, p, marks=cuda) for dtype in ("float32", "bfloat16") for p in (0.0, 0.2))])
-def test_every_contender_that_runs_agrees_with_the_manual_one(device, dtype, dropout):
-    flags = words("--batch_size 2 --device", device, "--dtype", dtype, "--dropout", dropout)
-    done = {row["contender"] for row in bench.time_attention(flags, 1) if not row["note"]}
-    flash = dtype == "bfloat16" if device == "cuda" else not dropout
-    kernel = device == "cuda" and dtype == "bfloat16" and not dropout
-    assert done - {"SDPA cuDNN"} == {  # where it is wrong, that is no fault of ours
-        "manual", "manual, compiled", "SDPA math", "SDPA math, bf16 sums", *["SDPA flash"] * flash,
-        *["SDPA efficient"] * (device == "cuda"), *["Triton, this file"] * kernel}
+@slow
+@each_device
+@pytest.mark.parametrize("dtype,dropout", [("float32", 0.2), ("bfloat16", 0.0)])
+def test_every_contender_of_the_benchmark_that_runs_is_right(device, dtype, dropout):
+    flags = split("--batch_size 2 --device", device, "--dtype", dtype, "--dropout", dropout)
+    right = {row["contender"] for row in bench.time_attention(flags, 1) if not row["note"]}
+    expected = {"manual", "manual, compiled", "SDPA math", "SDPA math, bf16 sums"}
+    if not dropout:
+        expected.add("SDPA flash")
+    if device == "cuda":
+        expected.add("SDPA efficient")
+    if device == "cuda" and not dropout:
+        expected.add("Triton, this file")
+    assert right - {"SDPA cuDNN"} == expected  # it may be wrong, which is not our fault
 
 def test_peak_memory_is_what_a_call_holds_at_most():
-    call = lambda: [torch.empty(3 << 18).numel(), torch.empty(1 << 18), torch.empty(1 << 18)]
-    assert bench.peak_mib(call, "cpu") == 3  # MiB, of floats that are freed at once
+    def call():
+        torch.empty(3 << 18)  # 3 MiB of floats, freed at once
+        return torch.empty(1 << 18), torch.empty(1 << 18)
+    assert bench.peak_mib(call, "cpu") == 3
 
-def test_the_benchmark_of_attention_is_a_table_a_csv_and_a_figure(monkeypatch):
+def test_the_benchmark_of_attention_writes_a_table_a_csv_and_a_figure(monkeypatch):
     def large(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\n:(")
-    flash = bench.contenders("cpu")["SDPA flash"]
-    monkeypatch.setattr(bench, "contenders", lambda device: {
-        "manual": bench.manual, "wrong": WRONG["not causal"], "large": large, "flash": flash})
-    _, out, err = call(bench, SMALL, "--device cpu --T 16 32 --dtype float32 --dropout 0.2 --plot a.png")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
+
+    contenders = {"manual": bench.manual, "wrong": WRONG["not causal"], "large": large}
+    monkeypatch.setattr(bench, "contenders", lambda device: contenders)
+    _, out, err = run(bench, SMALL, "--device cpu --T 16 32 --dtype float32 --dropout 0.2 --plot a.png")
     right = [row for row in rows("a.csv") if not row["note"]]
-    assert lines[0] == "block_size case contender ms ms_q1 ms_q3 peak_mib matmul_share".split()
-    for line, row in zip(lines[2:], right, strict=True):
-        assert line[:3] == [row["block_size"], row["case"], "manual"]
+    assert len(rows("a.csv")) == 12 and len(right) == 4
+    header, _, *table = [line.split() for line in out.splitlines() if line.startswith("|")]
+    assert header[1::2] == "block_size case contender ms ms_q1 ms_q3 peak_mib matmul_share".split()
+    for line, row in zip(table, right, strict=True):
+        assert f"| {row['block_size']} | {row['case']} | manual | {float(row['ms']):.4g} |" in " ".join(line)
         assert float(row["ms_q1"]) <= float(row["ms"]) <= float(row["ms_q3"])
-        assert float(line[3]) == pytest.approx(float(row["ms"]), rel=1e-3)
-        assert f"manual, {row['case']}: {float(row['ms']):.4g} ms\n" in err  # said as it is measured
-    notes = dict(line[2:].split(": ", 1) for line in out.splitlines() if line[:1] == "*")
-    assert len(notes) == 6 and notes["large, forward"] == "CUDA out of memory. Tried to allocate 1 TiB"
-    assert "wrong: the error is" in notes["wrong, forward"] and "non-zero dropout" in notes["flash, forward"]
-    assert len(rows("a.csv")) == 16 and Path("a.png").read_bytes().startswith(b"\x89PNG")
+        assert f"manual, {row['case']}: {float(row['ms']):.4g} ms\n" in err  # as soon as it is measured
+    notes = "".join(line for line in out.splitlines(keepends=True) if line.startswith("*"))
+    assert "* wrong, forward: wrong: the error is" in notes
+    assert "* large, forward: CUDA out of memory. Tried to allocate 1 TiB\n" in notes
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
-def test_a_step_is_timed_on_every_rung(device):
-    _, out, _ = call(bench, SMALL, "--step --dtype bfloat16 --plot s.png --device", device)
-    rungs = list(bench.RUNGS | bench.ALTERNATIVES)[:4 if device == "cpu" else None]
-    cases = [(row["case"], row["contender"]) for row in rows("a.csv") if float(row["ms"]) > 0]
-    assert cases == list(itertools.product(rungs, ("gpt", "gpt_v2", "gpt_v3")))
-    assert "| first_step_s" in out.replace("  ", "") and Path("s.png").exists()
+@slow
+@each_device
+def test_the_benchmark_times_a_step_on_every_rung(device):
+    _, out, _ = run(bench, SMALL, "--step --n_layer 1 --dtype bfloat16 --plot s.png --device", device)
+    rungs = list(bench.RUNGS | bench.ALTERNATIVES)
+    if device == "cpu":
+        rungs = rungs[:4]
+    found = [(row["case"], row["contender"]) for row in rows("a.csv") if float(row["ms"]) > 0]
+    assert found == list(itertools.product(rungs, ("gpt", "gpt_v2", "gpt_v3")))
+    assert "first_step_s" in out and os.path.exists("s.png")
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @each_script
-def test_the_step_is_that_of_the_script_and_a_graph_of_it_goes_on_where_it_was(script, device):
-    flags = words("--device", device, "--dropout 0 --no-compile" * (device == "cuda"))
-    config = script.parse_args(words(QUICK, *flags))
+def test_the_step_that_is_timed_is_the_script_s(script):
+    config = script.parse_args(split(QUICK))
     torch.manual_seed(config.seed)
     model, step = bench.training_step(script, config, fused=True)
-    losses = [step().item() for _ in range(config.max_iters)]
-    torch.testing.assert_close(dict(model.state_dict()), dict(train(script, *flags).state_dict()))
-    if device == "cuda":
-        torch.manual_seed(config.seed)
-        _, replay = bench.training_step(script, config, fused=True, graph="step")  # after three steps
-        assert abs(replay().item() - losses[3]) < 1e-3 < abs(replay().item() - losses[3])
+    for _ in range(config.max_iters):
+        step()
+    torch.testing.assert_close(dict(model.state_dict()), dict(train(script).state_dict()))
+
+@pytest.mark.parametrize("unit", ["block", "combo", "model"])
+def test_the_rungs_of_the_benchmark_compile_one_graph_per_script_and_shape(unit, compile_with):
+    for T in (16, 32):
+        torch.compiler.reset()
+        compile_with("eager")
+        for script in SCRIPTS:
+            config = script.parse_args(split(QUICK, "--block_size", T))
+            model, step = bench.training_step(script, config, unit=unit)
+            step()
+        assert_graphs(len(SCRIPTS))
 
 INTERPRET = """
 import bench, torch, triton.language as tl
@@ -1295,35 +1568,48 @@ for B, H, T, hs in (1, 3, 1, 16), (2, 1, 17, 32), (1, 2, 129, 48), (2, 1, 256, 1
     print(bench.check(bench.triton_flash, q, k, v, q, mask, 0.0, False))"""
 
 @slow
-@beside
-def test_the_triton_kernel_is_attention_in_triton_s_interpreter(folder):
+def test_the_triton_kernel_is_attention_in_triton_s_interpreter():
     pytest.importorskip("triton")
-    status, out, err = end(start(folder, "-c", shlex.quote(INTERPRET), env=dict(
-        TRITON_INTERPRET=1, PYTHONPATH=ROOT)))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    status, out, err = finish(start("-c", shlex.quote(INTERPRET), env=env))
     assert status == 0 and len(out.split()) == 4, err
 
-# --- README ----------------------------------------------------------------------------------------------
-def test_every_command_in_the_readme_is_understood(saved):
-    readme, names = (ROOT / "README.md").read_text(), set()
-    parsers = {f"{script.__name__}.py": script.parse_args for script in SCRIPTS}
-    readme = readme.replace("\\\n", " ").replace("$T", "512")
-    for block in re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S):
-        for name, flags in re.findall(r"(?:python3?|bash|torchrun.*) (\S+\.(?:py|sh))([^|&#;\n]*)", block):
-            names.add(name)
-            flags = ["cpu" if word == "cuda" else word for word in words(flags)]
-            for flag, file in zip(flags, flags[1:]):
-                if flag in ("--resume", "--generate"):
-                    Path(file).write_bytes(saved)
-                elif flag == "--save" and os.path.exists(file):
-                    os.remove(file)
-            cut = flags.index("--") if "--" in flags else len(flags)
-            assert all(flag in (ROOT / name).read_text() for flag in flags[:cut] if flag[:2] == "--")
-            parsers.get(name, lambda _: None)(flags)
-            gpt_v3.parse_args(flags[cut + 1:])
-    assert names >= {"gpt_v3.py", "sweep.sh"}
+@slow
+@pytest.mark.parametrize("capability,shared", [(90, 232448), (89, 101376)])
+@pytest.mark.parametrize("hs", [64, 128])
+def test_the_triton_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(capability, shared, hs):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = bench.flash_kernel.arg_names
+    pointers = dict.fromkeys(("Q", "K", "V", "OUT"), "*bf16")
+    constants = dict(hs=hs, BLOCK_D=hs, BLOCK_M=128, BLOCK_N=64)
+    signature = {name: "i32" for name in names} | pointers | {"scale": "fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(bench.flash_kernel, signature, constants)
+    options = dict(num_warps=4 if hs <= 64 else 8, num_stages=2)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert kernel.asm["cubin"] and kernel.metadata.shared <= shared
 
-def test_the_readme_has_the_literal_diff():
-    one, two = ((ROOT / name).read_text().splitlines() for name in ("gpt.py", "gpt_v2.py"))
-    lines = difflib.unified_diff(one, two, "gpt.py", "gpt_v2.py", lineterm="", n=0)
-    shown = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
-    assert shown == "\n".join(lines) + "\n"
+# --- The README ------------------------------------------------------------------------------------------
+def commands_of_the_readme():
+    """The commands in the code blocks of the README, as (script, flags)."""
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$T", "512")
+    blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.M | re.S)
+    pattern = r"(?:python3?|bash|sbatch.*|torchrun.*|uv run) (\S+\.(?:py|sh))([^|&#;\n]*)"
+    return re.findall(pattern, "".join(blocks))
+
+@pytest.mark.parametrize("name,flags", commands_of_the_readme())
+def test_a_command_of_the_readme_is_understood(name, flags, saved):
+    parsers = {"gpt.py": gpt.parse_args, "gpt_v2.py": gpt_v2.parse_args, "gpt_v3.py": gpt_v3.parse_args}
+    flags = flags.replace("--device cuda", "").replace("--save run.pt", "--save new.pt")
+    if name in parsers:
+        parsers[name](split(flags))
+    elif name == "sweep.sh":
+        before, _, after = flags.partition(" -- ")
+        assert finish(sweep("--dry-run", before))[0] == 0
+        gpt_v3.parse_args(split(after))
+    else:
+        assert (ROOT / name).exists()
+        known = (ROOT / name).read_text()
+        assert all(f'"{flag}"' in known for flag in split(flags) if flag.startswith("--"))

@@ -1,350 +1,404 @@
-"""Writes the tables of README.md and the figures from the CSVs in this folder.
+"""Writes the tables of README.md, and the figures, from the CSVs in this folder.
 
-    python results/report.py                      # laptop.csv beside seed.csv, the published losses
-    python results/report.py --check              # write nothing, fail if a table or a figure is out of date
-    python results/report.py results/sweep.csv    # print the tables of another sweep, draw figures beside it
+    python results/report.py                    # laptop.csv next to seed.csv, the published losses
+    python results/report.py --check            # write nothing, fail if a table or a figure is out of date
+    python results/report.py results/sweep.csv  # print the tables of your CSV, draw its figures next to it
 
-A table goes from <!-- report NAME --> to <!-- /report -->, in the README.md here or in the folder above. A
-CSV may hold any part of the sweep, with one seed a run or several, but one setting of all other flags.
+A table stands between <!-- report NAME --> and <!-- /report --> in the README.md here or one folder up. Your
+CSV may be any part of a sweep, with one seed per run or several, and with encodings and sizes of your own.
+If its rows differ in other flags, the report is one table: what these flags change.
 """
-import argparse, csv, hashlib, math, re, shlex, statistics, sys
-from collections import Counter, defaultdict, namedtuple
-from itertools import combinations, product
+import argparse
+import csv
+import hashlib
+import io
+import os
+import re
+import sys
+from itertools import cycle, product
 from pathlib import Path
+from statistics import mode
+
 try:
     import matplotlib
+    import pandas as pd
+    import tabulate  # for DataFrame.to_markdown
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-except ImportError:
-    sys.exit("report.py: error: matplotlib is missing; pip install -r requirements.txt brings it")
+except ImportError as error:
+    sys.exit(f"report.py: error: {error.name} is missing; install it with: pip install -r requirements.txt")
 
 HERE = Path(__file__).resolve().parent
-LAPTOP, PUBLISHED, CHOICES = (HERE / f"{name}.csv" for name in ("laptop", "seed", "choices"))
-LOSSES = {"val_loss": "val loss", "train_loss": "train loss"}
-COLUMNS = [f"{title}, {whose}" for title in LOSSES.values() for whose in ("published", "ours")]
-PES = {"learned": ("black", "learned vectors (gpt, gpt_v2)"),
-       "randn": ("#e69f00", "fixed random vectors (randn)"),
-       "sinpe": ("#0072b2", "sines and cosines (sinpe)"),
-       "rope": ("#009e73", "rotations (rope)")}
-LEVELS = {"pe_type": ["randn", "sinpe", "rope"], "n_embd": [384, 768], "n_head": [6, 8, 12],
-          "n_layer": [6, 8, 12]}  # what the published runs combine
-SMALLER = {"n_embd": 4, "n_layer": 2}  # what sweep.sh --tiny divides by
+PUBLISHED = HERE / "seed.csv"
+LAPTOP = HERE / "laptop.csv"
+CHOICES = HERE / "choices.csv"
 
-Run = namedtuple("Run", "experiment pe_type n_embd n_head n_layer")  # a small one stands for a large one
-GRID = {Run("gpt", "learned", 384, 6, 6), Run("gpt_v2", "learned", 384, 6, 6),
-        *(Run("gpt_v3", *levels) for levels in product(*LEVELS.values()))}
+SIZES = ["n_embd", "n_head", "n_layer"]
+FACTORS = ["pe_type", *SIZES]
+RUN = ["experiment", *FACTORS]  # what tells the runs of a sweep apart
+RUN_FLAGS = "--pe --n_embd --n_head --n_layer --seed".split()
+NUMBERS = """val_loss train_loss best_val_loss published_val_loss published_train_loss params ms_per_iter
+    train_s""".split()
+COLUMNS = [*RUN, *NUMBERS, "device", "torch", "data", "data_crc32", "flags", "curve"]
+CURVE = r"(\d+:\S+:\S+ ?)*"  # step:train:val of each evaluation
+LOSSES = ["val loss", "train loss"]
+
+GRID = [  # the published sweep
+    ("gpt", "learned", 384, 6, 6),
+    ("gpt_v2", "learned", 384, 6, 6),
+    *product(["gpt_v3"], ["randn", "sinpe", "rope"], [384, 768], [6, 8, 12], [6, 8, 12]),
+]
+SMALLER = {"n_embd": 4, "n_layer": 2}  # what `sweep.sh --laptop` divides the published sizes by
+MIN_PAIRS = 3  # fewer carry no verdict
+MIN_ITERS = 2500  # half of the published
 
 def fail(message, status=2):
-    """End the program with one line on standard error; status 1 says that --check found a difference."""
-    print(f"report.py: error: {message}", file=sys.stderr)
+    """End the program with one line on standard error; status 1 means that a file is out of date."""
+    print("report.py: error:", *message.split(), file=sys.stderr)
     sys.exit(status)
 
 # --- Reading ---------------------------------------------------------------------------------------------
 def read(path):
-    """The rows of a CSV of the scripts, equal ones once, with their Run, flags and curve."""
-    numbers = {*LOSSES, *(f"published_{name}" for name in LOSSES), "best_val_loss", "train_s", "params",
-               "ms_per_iter"}
-    needed = {*Run._fields, *numbers, "device", "torch", "data_crc32", "flags", "curve"}
+    """The rows of a CSV of the scripts, with a column for each flag; equal runs count once."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            lines = list(file)
-        header, *table = list(csv.reader(lines)) or [list(needed)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        header, *rows = list(csv.reader(io.StringIO(text))) or [COLUMNS]
+        if "experiment" not in header:
+            raise ValueError("it is not a CSV of the scripts")
+        for name in COLUMNS:
+            if name not in header:
+                raise ValueError(f"the column {name} is missing")
+        for line, row in enumerate(rows, 2):
+            if len(row) != len(header) or not re.fullmatch(CURVE, row[header.index("curve")]):
+                raise ValueError(f"line {line} is cut off")
+        if rows and not text.endswith("\n"):
+            raise ValueError("the last line is cut off")
+        table = pd.DataFrame(rows, columns=header, dtype=str)
+        table[SIZES] = table[SIZES].astype(int)
+        table[NUMBERS] = table[NUMBERS].replace("", "nan").astype(float)
+    except (OSError, ValueError, csv.Error) as error:
         fail(f"{path}: {error}")
-    if not needed <= set(header):
-        fail(f"{path}: it is not a CSV of the sweep")
-    rows = {}
-    for number, cells in enumerate(table, 2):
-        try:
-            row = dict(zip(header, cells, strict=True))
-            run = Run(row["experiment"], row["pe_type"], *(int(row[name]) for name in Run._fields[2:]))
-            words = shlex.split(row["flags"])
-            flags = dict(zip(words[::2], words[1::2], strict=True)) | {"text": row["data_crc32"]}
-            curve = [(float(step), float(train), float(val)) for step, train, val in
-                     (point.split(":") for point in row["curve"].split())]
-            row |= {name: float(row[name]) for name in numbers if row[name]}
-            if run.pe_type not in PES or number > len(table) and not lines[-1].endswith("\n"):
-                raise ValueError
-        except ValueError:
-            fail(f"{path}: line {number} is damaged or cut off")
-        rows.setdefault((run.experiment, *flags.items()), row | {"run": run, "flags": flags, "curve": curve})
-    return [rows[key] for key in sorted(rows)]  # not in the order in which they came
+    table = table.drop_duplicates(["experiment", "flags", "data_crc32"], ignore_index=True)
+    table = table.rename(columns=lambda name: name.replace("_", " ") if "loss" in name else name)
+    flags = pd.DataFrame([dict(re.findall(r"(--\w+) (\S+)", text)) for text in table["flags"]])
+    flags["--data"] = table["data"] + " " + table["data_crc32"]
+    of_script = flags.notna().groupby(table["experiment"]).transform("any")
+    return table.join(flags.where(flags.notna() | ~of_script, "none"))  # where other rows of its script have it
 
 def sweep(path):
-    """A CSV with one setting of all flags but those of a Run -> {Run: [row of each seed]}."""
-    runs, rows = defaultdict(list), read(path)
-    for row in rows:
-        row["flags"] = {name: value for name, value in row["flags"].items()
-                        if name not in ("--n_embd", "--n_head", "--n_layer", "--pe", "--seed")}
-        run = row["run"]
-        large = run._replace(n_embd=run.n_embd * 4, n_layer=run.n_layer * 2)
-        runs[large if run.n_embd in (96, 192) else run].append(row)
-    for name in sorted({name for row in rows for name in row["flags"]}):
-        scripts = {row["experiment"] for row in rows if name in row["flags"]}  # that have such a flag
-        values = {row["flags"].get(name, "none") for row in rows if row["experiment"] in scripts}
-        if len(values) > 1:
-            fail(f"{path}: rows differ in {name} ({', '.join(sorted(values))}); a report is of one setting")
-    return dict(runs)
+    """The rows of a CSV, in which small sizes become the published ones that they stand for."""
+    table = read(path)
+    table["small"] = table["n_embd"].max() in (96, 192)
+    if table["small"].any():
+        table[[*SMALLER]] *= [*SMALLER.values()]
+    return table
 
-class Loss(namedtuple("Loss", "mean spread seeds")):
-    """A loss over the seeds of a run: '1.506', or with several '1.506 ± 0.002', the standard deviation."""
-    def __str__(self):
-        return f"{self.mean:.3f}" + f" ± {self.spread:.3f}" * (self.seeds > 1)
+def is_sweep(table):
+    """Whether the rows differ in nothing but what tells the runs of a sweep apart."""
+    return table.filter(like="--").drop(columns=RUN_FLAGS, errors="ignore").nunique().max() == 1
 
-def loss(rows, name):
-    """The Loss in a column of a run's rows, '' where nothing was measured."""
-    values = [row[name] for row in rows if row[name] != ""]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return Loss(statistics.mean(values), spread, len(values)) if values else ""
-
-def losses(runs, name):
-    return {run: value for run, rows in runs.items() if (value := loss(rows, name))}
-
-def configurations(values, factor):
-    """gpt_v3's losses with all levels of a factor, the rest being the same: {rest: {level: Loss}}."""
-    table = defaultdict(dict)
-    for run, value in values.items():
-        if run.experiment == "gpt_v3":
-            table[run._replace(**{factor: None})][getattr(run, factor)] = value
-    return {rest: row for rest, row in table.items() if row.keys() >= set(LEVELS[factor])}
+def losses_of(rows):
+    """The losses of each run, published and ours, the mean over its seeds."""
+    return rows.groupby(["whose", *RUN]).mean(numeric_only=True)
 
 def spearman(pairs):
-    """Rank correlation of (x, y) pairs, ties at their mean rank; None where there is none."""
-    ranks = [[sum(other < value for other in column) + column.count(value) / 2 for value in column]
-             for column in zip(*pairs)]
-    flat = not ranks or any(len(set(column)) == 1 for column in ranks)
-    return None if flat else statistics.correlation(*ranks)
+    """The rank correlation of two columns, if they have at least three rows."""
+    return pairs.rank().corr(min_periods=3).iloc[0, 1]
 
 # --- Findings --------------------------------------------------------------------------------------------
-WIDE = {"n_embd": 768}
-FINDINGS = [  # what was published of gpt_v3: a level has the lowest or the highest loss of its factor, where
-    ("n_embd", 768, "lowest", "train_loss", {}), ("n_embd", 768, "highest", "val_loss", {}),
-    ("n_layer", 12, "lowest", "train_loss", {}), ("n_layer", 12, "highest", "val_loss", {}),
-    ("pe_type", "sinpe", "lowest", "val_loss", {}), ("pe_type", "sinpe", "highest", "train_loss", WIDE),
-    ("pe_type", "rope", "lowest", "train_loss", WIDE), ("pe_type", "rope", "highest", "val_loss", WIDE),
-    ("pe_type", "randn", "lowest", "train_loss", WIDE | {"n_head": 12, "n_layer": 12}),
-    ("n_head", 12, "highest", "train_loss", WIDE | {"pe_type": "rope"})]
+# what was published | of which loss | the pairs of runs, _lower and _higher, that it compares; in pairs
+# where `same` is 4, the runs differ in one thing only
+FINDINGS = """\
+of two runs, the lower train loss goes with the higher val loss | val loss | `train loss_lower` > `train loss_higher`
+n_embd 384 with n_layer 6 has the lowest val losses | val loss | n_embd_lower == 384 and n_layer_lower == 6 and (n_embd_higher != 384 or n_layer_higher != 6)
+n_embd 768 has the lowest train loss | train loss | same == 4 and n_embd_lower > n_embd_higher
+n_embd 768 has the highest val loss | val loss | same == 4 and n_embd_lower < n_embd_higher
+n_layer 12 has the lowest train loss | train loss | same == 4 and n_layer_lower == 12 != n_layer_higher
+n_layer 12 has the highest val loss | val loss | same == 4 and n_layer_lower != 12 == n_layer_higher
+pe_type sinpe has the lowest val loss | val loss | same == 4 and pe_type_lower == 'sinpe' != pe_type_higher
+pe_type sinpe has the highest train loss, n_embd 768 | train loss | same == 4 and pe_type_lower != 'sinpe' == pe_type_higher and n_embd_lower == 768
+pe_type rope has the lowest train loss, n_embd 768 | train loss | same == 4 and pe_type_lower == 'rope' != pe_type_higher and n_embd_lower == 768
+pe_type rope has the highest val loss, n_embd 768 | val loss | same == 4 and pe_type_lower != 'rope' == pe_type_higher and n_embd_lower == 768
+pe_type randn has the lowest train loss, n_embd 768, n_head 12, n_layer 12 | train loss | same == 4 and pe_type_lower == 'randn' != pe_type_higher and n_embd_lower == 768 and n_head_lower == 12 and n_layer_lower == 12
+n_head 12 has the highest train loss, n_embd 768, pe_type rope | train loss | same == 4 and n_head_lower != 12 == n_head_higher and n_embd_lower == 768 and pe_type_lower == 'rope'
+"""
 
-def findings(runs):
-    """Every finding in pairs of losses: [(finding, column of the losses, [(a, b), a said to be lower])]."""
-    train, val = losses(runs, "train_loss"), losses(runs, "val_loss")
-    order = sorted(train.keys() & val.keys(), key=lambda run: (train[run], run), reverse=True)
-    small = {run for run in val if (run.n_embd, run.n_layer) == (384, 6)}
-    means = lambda pairs: [(val[a].mean, val[b].mean) for a, b in pairs]
-    found = [("of two runs, the lower train loss goes with the higher val loss", "val_loss",
-              means(combinations(order, 2))),
-             ("n_embd 384 with n_layer 6 has the lowest val losses", "val_loss",
-              means(product(sorted(small), sorted(val.keys() - small))))]
-    for factor, level, end, name, where in FINDINGS:
-        values, pairs = losses(runs, name), []
-        for run, other in product(values, LEVELS[factor]):
-            rival = run._replace(**{factor: other})
-            if run == run._replace(**where, **{factor: level}) != rival and rival in values:
-                pairs.append((values[run].mean, values[rival].mean)[::1 if end == "lowest" else -1])
-        place = "".join(f", {other} {at}" for other, at in where.items())
-        found.append((f"{factor} {level} has the {end} {LOSSES[name]}{place}", name, pairs))
-    for name, title in LOSSES.items():
-        tables = {factor: configurations(losses(runs, name), factor).values() for factor in LEVELS}
-        moves = {factor: statistics.mean(max(row.values()).mean - min(row.values()).mean for row in table)
-                 for factor, table in tables.items() if table}
-        heads = [moves.pop("n_head")] if "n_head" in moves else []
-        found.append((f"n_head moves the {title} less than the other factors", name,
-                      list(product(heads, moves.values()))))
-    return found
+def effect(losses, factor):
+    """How far apart the losses of a factor's levels are in gpt_v3, on average."""
+    table = losses.loc[["gpt_v3"]].unstack(factor).dropna()
+    return (table.max(axis=1) - table.min(axis=1)).mean()
+
+def findings(losses):
+    """By how much each finding holds, in each of the pairs that it compares: {finding: gaps}."""
+    losses = losses.reindex(pd.MultiIndex.from_tuples(GRID, names=RUN))
+    runs = losses.reset_index()
+    pairs = runs.merge(runs, how="cross", suffixes=("_lower", "_higher"))
+    pairs["same"] = sum(pairs[f"{name}_lower"] == pairs[f"{name}_higher"] for name in RUN)
+    gaps = {}
+    for line in FINDINGS.splitlines():
+        finding, loss, query = line.split(" | ")
+        compared = pairs.query(query)
+        gaps[finding] = compared[f"{loss}_higher"] - compared[f"{loss}_lower"]
+    for loss in LOSSES:
+        effects = pd.Series({factor: effect(losses[loss], factor) for factor in FACTORS})
+        gaps[f"n_head moves the {loss} less than the other factors"] = effects.drop("n_head") - effects["n_head"]
+    return gaps
+
+def verdict(gaps, spread, iterations):
+    """What the gaps of our losses say to a finding, or what is missing for a verdict."""
+    if len(gaps) < MIN_PAIRS:
+        return f"only {len(gaps)} pairs"
+    if iterations < MIN_ITERS:
+        return f"only {iterations} iterations"
+    if abs(gaps.mean()) < spread:
+        return "within the spread of seeds"
+    if (gaps > 0).mean() < 2 / 3:
+        return "not reproduced"
+    return "reproduced"
 
 # --- Tables ----------------------------------------------------------------------------------------------
-def markdown(header, rows):
-    """A Markdown table, numbers to the right."""
-    columns = ["".join(map(str, cells)) for _, *cells in zip(header, *rows)]
-    align = ["---:" if re.match(r"[-+*\d]", column) else "---" for column in columns]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, align, *rows))
+def markdown(table, floatfmt=".3f"):
+    """A Markdown table, empty where nothing was measured."""
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=floatfmt)
 
-def size(factor, level, runs):
-    """A level of a factor: '384 (96)' where a small run stands for a large one."""
-    small = factor in SMALLER and any(rows[0]["run"] != run for run, rows in runs.items())
-    return f"{level} ({level // SMALLER[factor]})" if small else level
+def with_spread(values):
+    """The mean over seeds: '1.506', or of several '1.506 ± 0.002', with the standard deviation."""
+    if values.count() == 0:
+        return None
+    if values.count() == 1:
+        return f"{values.mean():.3f}"
+    return f"{values.mean():.3f} ± {values.std():.3f}"
 
-def summary_table(published, ours):
-    """How much of the sweep there is, and how it was run."""
-    rows = sum(ours.values(), [])
-    flags = max((row["flags"] for row in rows), key=len, default={})
-    where = [", ".join(sorted({row[name] or "unknown" for row in rows})) for name in ("device", "torch")]
-    return (f"{len(ours.keys() & GRID)} of 56 runs, {len(rows)} rows. Device: {where[0]}; torch: {where[1]}; "
-            f"{sum(row['train_s'] or 0 for row in rows) / 3600:.2f} hours of training. Flags: "
-            f"`{' '.join(f'{name} {value}' for name, value in flags.items() if name != 'text')}`")
+def size(factor, level, rows):
+    """A level of a factor: '384 (96)' where ours is smaller than the published one."""
+    if factor in SMALLER and rows["small"].any():
+        return f"{level} ({level // SMALLER[factor]})"
+    return str(level)
 
-def prediction_table(published, ours):
-    """How alike both sweeps rank the runs that they share, and how far apart they are if the flags agree."""
-    groups = [("all", {}, ""), *((f"{factor} {size(factor, level, ours)}", {factor: level}, "")
-                                 for factor in ("pe_type", "n_embd") for level in LEVELS[factor]),
-              ("all, ours evaluated as published", {}, "published_")]
-    same = all(published[run][0]["flags"].items() <= ours[run][0]["flags"].items()
-               for run in published.keys() & ours)
+def summary_table(rows):
+    """How much of the sweep was run, and how."""
+    ours = rows.query("whose == 'ours'")
+    runs = set(ours[RUN].itertuples(index=False, name=None))
+    device = ", ".join(ours["device"].unique())
+    torch = ", ".join(ours["torch"].unique())
+    flags = re.sub(f"({'|'.join(RUN_FLAGS)}) \\S+ ?", "", max(ours["flags"], key=len))
+    return (f"{len(runs & {*GRID})} of {len(GRID)} runs, {len(ours)} rows. Device: {device}; torch: {torch}; "
+            f"{ours['train_s'].sum() / 3600:.2f} hours of training. Flags: `{flags}`")
+
+def prediction_table(rows):
+    """How alike the published losses and ours rank the runs."""
+    losses = losses_of(rows).unstack("whose")
+    groups = [("all", losses, "")]
+    for factor in ("pe_type", "n_embd"):
+        for level, part in losses.groupby(factor):
+            groups.append((f"{factor} {size(factor, level, rows)}", part, ""))
+    groups.append(("all, ours evaluated as published", losses, "published "))
     lines = []
-    for label, where, how in groups:
-        lines.append([label])
+    for label, part, prefix in groups:
+        line = {"runs": label}
         for name in LOSSES:
-            a, b = losses(published, name), losses(ours, how + name)
-            pairs = [(a[run].mean, b[run].mean) for run in a.keys() & b if run == run._replace(**where)]
-            rank = spearman(pairs)
-            lines[-1] += [len(pairs), "" if rank is None else f"{rank:.2f}"]
-            if same:
-                lines[-1].append(f"{statistics.mean(abs(x - y) for x, y in pairs):.4f}" if pairs else "")
-    header = [cell for title in LOSSES.values()
-              for cell in ("n", f"Spearman, {title}", *["mean absolute difference"] * same)]
-    return markdown(["runs", *header], lines)
+            pairs = part[[(name, "published"), (prefix + name, "ours")]].dropna()
+            line[f"n, {name}"] = len(pairs)
+            line[f"Spearman, {name}"] = spearman(pairs)
+        lines.append(line)
+    return markdown(pd.DataFrame(lines), ".2f")
 
-def findings_table(published, ours):
-    """Each finding: in how many pairs of runs it holds, by how much on average, and what ours say to it."""
-    lines, spreads = [], {}
-    for name in LOSSES:
-        variances = [value.spread ** 2 for value in losses(ours, name).values() if value.seeds > 1]
-        spreads[name] = math.sqrt(2 * statistics.mean(variances)) if variances else 0
-    for (text, name, theirs), (*_, pairs) in zip(findings(published), findings(ours)):
-        cells = []
-        for pairs in (theirs, pairs):
-            held, gap = sum(a < b for a, b in pairs), statistics.mean(b - a for a, b in pairs or [(0, 0)])
-            cells.append(f"{held} of {len(pairs)}, {gap:+.3f}" if pairs else "")
-        cells.append("" if not pairs else "within the spread of seeds" if abs(gap) < spreads[name] else
-                     "reproduced" if held >= 2 / 3 * len(pairs) else "not reproduced")
-        lines.append([text, *cells])
-    seeds = "; ".join(f"{title} {spreads[name]:.3f}" for name, title in LOSSES.items() if spreads[name])
-    return (markdown(["finding", "published", "ours", "verdict"], lines)
-            + f"\n\nSpread of seeds: {seeds or 'unknown, there is one seed a run'}.")
+def held(gaps):
+    """In how many pairs a finding holds, and by how much on average."""
+    if len(gaps):
+        return f"{(gaps > 0).sum()} of {len(gaps)}, {gaps.mean():+.3f}"
 
-def comparisons_table(published, ours):
-    """The mean loss of a level, and how often it is the lowest, where both sweeps have all levels."""
+def findings_table(rows):
+    """In how many pairs of runs a finding holds, by how much on average, and what ours say to it."""
+    ours = rows.query("whose == 'ours'")
+    variances = ours.groupby(RUN)[LOSSES].var()
+    spreads = (2 * variances.mean()) ** 0.5  # of the difference between two seeds
+    losses = losses_of(rows)
+    published = findings(losses.loc["published"])
     lines = []
-    for factor, levels in LEVELS.items():
-        columns = []
-        for name in LOSSES:
-            both = [configurations(losses(runs, name), factor) for runs in (published, ours)]
-            whole = [rest for rest in both[0] if rest in both[1]]
-            for table in both:
-                wins = Counter(min(table[rest], key=table[rest].get) for rest in whole)
-                columns.append([f"{statistics.mean(table[rest][level].mean for rest in whole):.3f} "
-                                f"({wins[level]} of {len(whole)})" if whole else "" for level in levels])
-        lines += [[factor, size(factor, level, ours), *cells] for level, *cells in zip(levels, *columns)]
-    return markdown(["factor", "level", *COLUMNS], lines)
+    for finding, gaps in findings(losses.loc["ours"]).items():
+        gaps = gaps.dropna()
+        loss = "val loss" if "val loss" in finding else "train loss"
+        lines.append({
+            "finding": finding,
+            "published": held(published[finding].dropna()),
+            "ours": held(gaps),
+            "verdict": verdict(gaps, spreads[loss], ours["--max_iters"].astype(int).min()),
+        })
+    known = [f"{loss} {spread:.3f}" for loss, spread in spreads.dropna().items()]
+    seeds = "; ".join(known) or "unknown, there is one seed per run"
+    return f"{markdown(pd.DataFrame(lines))}\n\nSpread of seeds: {seeds}."
 
-def runs_table(published, ours):
+def comparisons_table(rows):
+    """A level's mean loss, and how often it is the lowest, where both sweeps have all levels of the factor."""
+    losses = losses_of(rows).query("experiment == 'gpt_v3'")
+    parts = {}
+    for factor in FACTORS:
+        cells = {}
+        for name in [*LOSSES, "best val loss"]:
+            by_level = losses[name].unstack(["whose", factor]).dropna(axis=1, how="all")
+            shared = by_level.dropna()
+            if shared.empty:
+                shared = by_level.loc[:, by_level.columns.get_level_values("whose") == "ours"].dropna()
+            for whose in shared.columns.unique("whose"):
+                table = shared[whose]
+                lowest = table.idxmin(axis=1)
+                cells[f"{name}, {whose}"] = {
+                    size(factor, level, rows): f"{table[level].mean():.3f} ({sum(lowest == level)} of {len(table)})"
+                    for level in table}
+        parts[factor] = pd.DataFrame(cells)
+    return markdown(pd.concat(parts, names=["factor", "level"]).reset_index())
+
+def runs_table(rows):
     """Every run, our lowest val loss first."""
-    columns = [losses(runs, name) for name in LOSSES for runs in (published, ours)]
-    columns.append(losses(ours, "best_val_loss"))
-    lines = [[run.experiment, *(size(factor, getattr(run, factor), ours) for factor in LEVELS),
-              *(values.get(run, "") for values in columns)] for run in sorted({*published, *ours})]
-    lines.sort(key=lambda line: line[6] or (math.inf,))
-    return (f"<details><summary>All {len(lines)} runs, by our val loss</summary>\n\n"
-            + markdown([*Run._fields, *COLUMNS, "best val loss, ours"], lines) + "\n\n</details>")
+    by_run = rows.groupby([*RUN, "whose"])[[*LOSSES, "best val loss"]]
+    table = by_run.agg(with_spread).unstack("whose").dropna(axis=1, how="all")
+    table.columns = table.columns.map(", ".join)
+    table = table.sort_values("val loss, ours", kind="stable").reset_index()
+    for name in SMALLER:
+        table[name] = [size(name, level, rows) for level in table[name]]
+    return (f"<details><summary>All {len(table)} runs, by our val loss</summary>\n\n"
+            f"{markdown(table)}\n\n</details>")
 
-def choices_table(published, ours):
-    """What a flag of gpt_v3.py changes: rows of choices.csv that differ in the seed alone are one line."""
-    groups, rows, lines = defaultdict(list), read(CHOICES), []
-    for row in rows:
-        groups[tuple(item for item in row["flags"].items() if item[0] != "--seed")].append(row)
-    usual = {name: Counter(row["flags"].get(name) for row in rows).most_common(1)[0][0]
-             for row in rows for name in row["flags"]}
-    for flags, group in groups.items():
-        other = " ".join(f"{name} {value}" for name, value in flags if value != usual[name])
-        val, train, speed = (loss(group, name) for name in (*LOSSES, "ms_per_iter"))
-        run, flags = group[0]["run"], defaultdict(int, flags)
-        head = run.n_embd // run.n_head
-        kept = {"mha": 2 * run.n_embd, "gqa": 2 * head * int(flags["--n_kv_head"]), "mqa": 2 * head,
-                "mla": int(flags["--kv_rank"]) + head // 2 * (flags["--pe_at"] == "qk")}[flags["--attn"]]
-        lines.append([f"`{other}`" if other else "nothing", len(group), val, train,
-                      f"{group[0]['params']:,.0f}", speed and f"{speed.mean:.1f}", 2 * kept * run.n_layer])
-    lines.sort(key=lambda line: line[2])
-    return markdown(["what differs", "seeds", *LOSSES.values(), "params", "ms/iter", "cache"], lines)
+def choices_table(table):
+    """What flags change: rows that differ in the seed alone are one line, compared with the first line."""
+    flags = table.filter(like="--").drop(columns="--seed").join(table["experiment"])
+    usual = flags.apply(lambda values: mode(values.dropna()))
+    changes = []
+    for _, row in flags.where(flags != usual).iterrows():
+        change = " ".join(f"`{name} {value}`" for name, value in row.dropna().items())
+        changes.append(change or "nothing")
+    table["what differs"] = changes
+    groups = table.groupby("what differs")
+    means = groups["val loss"].mean()
+    order = sorted(means.index, key=lambda change: (change != "nothing", means[change]))
+    lines = groups.agg({"--seed": "size", "val loss": with_spread, "train loss": with_spread,
+                        "params": "first", "ms_per_iter": "mean"}).loc[order]
+    lines.insert(2, "difference", means - means[order[0]])
+    lines = lines.rename(columns={"--seed": "seeds", "ms_per_iter": "ms/iter"}).reset_index()
+    return markdown(lines, ("", "", ".3f", "+.3f", ".3f", ",.0f", ".1f"))
 
-TABLES = {"summary": summary_table, "prediction": prediction_table, "findings": findings_table,
-          "comparisons": comparisons_table, "runs": runs_table, "choices": choices_table}
+TABLES = {
+    "summary": summary_table,
+    "prediction": prediction_table,
+    "findings": findings_table,
+    "comparisons": comparisons_table,
+    "runs": runs_table,
+}
 
 # --- Figures ---------------------------------------------------------------------------------------------
-matplotlib.rcParams.update({
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.93",
-    "axes.titlelocation": "left", "axes.titlesize": 10, "figure.titleweight": "bold",
-    "figure.constrained_layout.use": True, "legend.frameon": False})
+ENCODINGS = {
+    "learned": "learned vectors (gpt, gpt_v2)",
+    "randn": "fixed random vectors (randn)",
+    "sinpe": "sines and cosines (sinpe)",
+    "rope": "rotations (rope)",
+}
+COLORS = "black #e69f00 #0072b2 #009e73 #cc79a7 #d55e00 #56b4e9".split()  # can be told apart by the color-blind
+MARKERS = {384: "o", 768: "s"}  # of widths
 
-def titled(figure, title, runs, marks, columns):
-    """The figure with a title and a legend: the colours of its runs, and further marks, {label: style}."""
-    drawn = {run.pe_type for run in runs}
-    marks = {text: {"color": color} for pe, (color, text) in PES.items() if pe in drawn} | marks
-    lines = [Line2D([], [], label=label, **{"ls": "", "marker": "o", "color": "0.4"} | style)
-             for label, style in marks.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns)
+def colors(rows):
+    """The color of each encoding, own ones included."""
+    return dict(zip(rows["pe_type"].unique(), cycle(COLORS)))
+
+def finish(figure, title):
+    """Add a title, and one legend for all panels."""
+    lines = {}
+    for axes in figure.axes:
+        axes.grid(color="0.93")
+        axes.label_outer()
+        lines |= {line.get_label(): line for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     return figure
 
-def losses_figure(published, ours):
-    """Train against val loss of the published runs, and of ours."""
-    figure, markers, ranks = Figure(figsize=(9, 4.9)), {384: "o", 768: "s"}, []
-    for axes, whose, runs in zip(figure.subplots(1, 2), ("Published", "Ours"), (published, ours)):
-        train, val = losses(runs, "train_loss"), losses(runs, "val_loss")
-        points = {run: (train[run].mean, val[run].mean) for run in train if run in val}
-        for run, point in points.items():
-            axes.plot(*point, markers.get(run.n_embd, "^"), color=PES[run.pe_type][0], markersize=7,
-                      markeredgecolor="white")
-        ranks.append(spearman(points.values()))
-        known = "" if ranks[-1] is None else f", rank correlation {ranks[-1]:.2f}".replace("-", "−")
-        axes.set(xlabel="final train loss", ylabel="final val loss",
-                 title=f"{whose}: {len(points)} runs{known}")
-    opposite = None not in ranks and max(ranks) < -0.5
-    title = "The better a model fits its text, the worse it predicts new text" if opposite else "Final losses"
-    widths = {f"channels wide: {size('n_embd', width, ours)}".replace("(", "(ours "): {"marker": marker}
-              for width, marker in markers.items()}
-    return titled(figure, title, {*published, *ours}, widths, 3)
+def losses_figure(rows):
+    """Final train loss against final val loss, of the published runs and of ours."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, whose, title in zip(panels, ["published", "ours"], ["Published (learnGPT)", "Ours"]):
+        losses = losses_of(rows).loc[whose][LOSSES].dropna()
+        for (width, pe), runs in losses.groupby(["n_embd", "pe_type"]):
+            axes.plot(runs["train loss"], runs["val loss"], MARKERS.get(width, "^"), color=colors(rows)[pe],
+                      markeredgecolor="white", label=f"{ENCODINGS.get(pe, pe)}, {size('n_embd', width, rows)} wide")
+        correlation = spearman(losses)
+        if pd.notna(correlation):
+            title += f", rank correlation\n{correlation:.2f} over {len(losses)} runs"
+        axes.set_title(title)
+        axes.set(xlabel="final train loss (nats per character)", ylabel="final val loss (nats per character)")
+    return finish(figure, "How well models fit their text, and how well they predict new text")
 
-def curves_figure(published, ours):
-    """Losses during the training of the smallest, a middle and the largest gpt_v3."""
-    curves = {run: curve for run, rows in ours.items() if run.experiment == "gpt_v3"
-              and (curve := [point for point in rows[0]["curve"] if point[0]])}
-    shapes = sorted({run[2:] for run in curves})  # width, heads and layers
-    if not shapes:
-        return None
-    shapes = dict.fromkeys((shapes[0], shapes[len(shapes) // 2], shapes[-1]))
-    figure, turned = Figure(figsize=(9, 4.6)), []
-    for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes):
-        for run in (run for run in curves if run[2:] == shape):
-            (steps, train, val), color = zip(*curves[run]), PES[run.pe_type][0]
-            at, own = val.index(min(val)), ours[run][0]["run"]
-            axes.plot(steps, train, "--", color=color)
-            axes.plot(steps, val, "-o", color=color, markevery=[at])
-            turned.append(val[at] < val[-1] and train[at] > train[-1])
-        axes.set(xlabel="iterations", ylabel="loss", title="{} wide, {} heads, {} layers".format(*own[2:]))
-    title = f"In {sum(turned)} of {len(turned)} runs the val loss turns up as the train loss goes on falling"
-    return titled(figure, title, curves, {"val loss": {"ls": "-", "marker": ""}, "lowest val loss": {},
-                                          "train loss": {"ls": "--", "marker": ""}}, 2)
+def curves_figure(rows):
+    """Losses during the training of the smallest, a middle and the largest model."""
+    by_size = list(rows.query("curve != ''").drop_duplicates(RUN).groupby(SIZES))
+    chosen = sorted({0, len(by_size) // 2, len(by_size) - 1})
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    for axes, index in zip(panels, chosen):
+        sizes, runs = by_size[index]
+        for pe, text in zip(runs["pe_type"], runs["curve"]):
+            curve = pd.read_csv(io.StringIO(text), sep=":", lineterminator=" ", names=["step", "train", "val"])
+            curve = curve.query("step > 0")
+            color = colors(rows)[pe]
+            name = ENCODINGS.get(pe, pe)
+            axes.plot(curve["step"], curve["train"], "--", color=color, label=f"train loss, {name}")
+            axes.plot(curve["step"], curve["val"], "-o", color=color, label=f"val loss (dot: lowest), {name}",
+                      markevery=[curve["val"].argmin()])
+        width, heads, layers = [size(factor, level, rows) for factor, level in zip(SIZES, sizes)]
+        axes.set_title(f"{width} wide,\n{heads} heads, {layers} layers")
+        axes.set(xlabel="iteration", ylabel="loss (nats per character)")
+    return finish(figure, "Losses during training")
 
 # --- Main ------------------------------------------------------------------------------------------------
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path, nargs="?", default=LAPTOP, help="a CSV of sweep.sh")
-    parser.add_argument("--check", action="store_true", help="write nothing, status 1 if something differs")
-    args = parser.parse_args()
-    own = args.csv.resolve() in (LAPTOP, CHOICES)  # the two that the pages are about
-    args.csv = LAPTOP if own else args.csv
-    published, ours, new, stale = sweep(PUBLISHED), sweep(args.csv), {}, []
-    for page in (*HERE.glob("README.md"), *HERE.parent.glob("README.md")) if own else ():
+def report(path):
+    """The tables and figures of a CSV, {name: text} and {name: figure}."""
+    ours = sweep(path)
+    rows = pd.concat([sweep(PUBLISHED).assign(whose="published"), ours.assign(whose="ours")])
+    if ours.empty:
+        return {"summary": f"0 of {len(GRID)} runs"}, {}
+    if not is_sweep(ours):
+        return {"choices": choices_table(ours)}, {}
+    figures = {"losses": losses_figure(rows)}
+    if ours["curve"].any():
+        figures["curves"] = curves_figure(rows)
+    return {name: make(rows) for name, make in TABLES.items()}, figures
+
+def update(file, check):
+    """End the program if a file is out of date but should only be checked."""
+    if check:
+        fail(f"{file} is out of date; report.py updates it", 1)
+
+def update_pages(tables, check):
+    """Put new tables into the README.md here and one folder up."""
+    for page in [*HERE.glob("README.md"), *HERE.parent.glob("README.md")]:
         old = page.read_text(encoding="utf-8")
-        new[page] = re.sub(r"(<!-- report (\w+) -->\n).*?(<!-- /report -->)", lambda block: (
-            f"{block[1]}{TABLES[block[2]](published, ours)}\n{block[3]}"), old, flags=re.S)
-        stale += [page] * (new[page] != old)
-    sources = b"".join(path.read_bytes() for path in (args.csv, PUBLISHED, Path(__file__)))
-    made_from, prefix = hashlib.sha256(sources).hexdigest(), "" if own else f"{args.csv.stem}_"
-    figures = {args.csv.with_name(f"{prefix}{name}.png"): figure for name, draw in (
-        ("losses", losses_figure), ("curves", curves_figure)) if ours and (figure := draw(published, ours))}
-    stale += [path for path in figures if not path.exists() or made_from.encode() not in path.read_bytes()]
-    if args.check:
-        return fail(f"{stale[0]} is not what {args.csv} gives; report.py writes it", 1) if stale else None
-    if not own:
-        print("\n\n".join(f"## {name}\n\n{table(published, ours)}" for name, table in TABLES.items()
-                          if name != "choices"))
-    for page, text in new.items():
-        page.write_text(text, encoding="utf-8")
-    for path, figure in figures.items():
-        figure.savefig(path, dpi=200, metadata={"Source": made_from})
-    print(f"{args.csv}: {len(ours.keys() & GRID)} of 56 runs", file=sys.stderr)
+        new = re.sub(r"(?<=<!-- report )(\w+) -->\n.*?(?=<!-- /report -->)",
+                     lambda block: f"{block[1]} -->\n{tables[block[1]]}\n", old, flags=re.DOTALL)
+        if new != old:
+            update(page, check)
+            page.write_text(new, encoding="utf-8")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, nargs="?", help="a CSV of the scripts")
+    parser.add_argument("--check", action="store_true", help="write nothing, status 1 if a file is out of date")
+    args = parser.parse_args()
+    path = args.csv or LAPTOP
+    tables, figures = report(path)
+    sources = path.read_bytes() + PUBLISHED.read_bytes() + Path(__file__).read_bytes()
+    made_from = hashlib.sha256(sources).hexdigest()
+    prefix = f"{path.stem}_" if args.csv else ""
+    for name, figure in figures.items():
+        file = path.with_name(f"{prefix}{name}.png")
+        if not file.exists() or made_from.encode() not in file.read_bytes():
+            update(file, args.check)
+            figure.savefig(file, dpi=200, metadata={"Source": made_from})
+    if args.csv is None:
+        tables["choices"] = choices_table(read(CHOICES))
+        update_pages(tables, args.check)
+    elif not args.check:
+        try:
+            print(*(f"## {name}\n\n{table}\n" for name, table in tables.items()), sep="\n", flush=True)
+        except OSError:  # a closed pipe, as after `| head`, or a full disk
+            os._exit(1)
 
 if __name__ == "__main__":
     main()
