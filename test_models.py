@@ -1613,3 +1613,16 @@ def test_a_command_of_the_readme_is_understood(name, flags, saved):
         assert (ROOT / name).exists()
         known = (ROOT / name).read_text()
         assert all(f'"{flag}"' in known for flag in split(flags) if flag.startswith("--"))
+
+@slow
+def test_the_python_of_the_readme_runs_in_a_notebook(folder, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    cell = nbformat.v4.new_code_cell(code.replace("--max_iters 200", "--max_iters 20 --eval_iters 1"))
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
+    text = "".join(output.get("text", "") for output in cell.outputs)
+    assert "final: train loss" in text and re.search(r"\nR(.|\n){100}\n\Z", text)
