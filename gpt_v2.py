@@ -188,7 +188,7 @@ def flag(group, name, default, help, type=between(1, 10**9)):
     group.add_argument(name, default=default, help=f"{help} (default: {default})", type=type)
 
 def shaping_flags():
-    """The flags that shape a run, and that its row in --csv holds."""
+    """The flags that shape a run; its row in --csv holds them."""
     parser = argparse.ArgumentParser(add_help=False)
     model = parser.add_argument_group("model")
     flag(model, "--block_size", 256, "context length in characters")
@@ -218,8 +218,10 @@ def parse_args(argv=None):
     devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     run = parser.add_argument_group("run")
     flag(run, "--data", "input.txt", "text to train on, in UTF-8", str)
-    run.add_argument("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: only on cuda)")
+    run.add_argument("--device", choices=devices, default=devices[0],
+                     help=f"where to compute (default: {devices[0]})")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                     help="compile the blocks (default: only on cuda)")
     run.add_argument("--csv", help="file to append a row with the final losses to")
     run.add_argument("--once", action="store_true", help="do nothing if --csv has a row of this run")
     flag(run, "--max_new_tokens", 500, "length of the sample", between(0, 10**9))
@@ -249,7 +251,7 @@ def on_terminal():
     return sys.stdout.isatty()
 
 def erase():
-    """What erases the progress line of a terminal."""
+    """The characters that erase the progress line on a terminal."""
     return "\r\x1b[K" if on_terminal() else ""
 
 def log(text, config, end="\n"):
@@ -262,7 +264,7 @@ def log(text, config, end="\n"):
             sys.exit(1)
 
 def catch_signals(stops):
-    """A context in which Ctrl-C, SIGTERM and SIGHUP do nothing but join stops, a list."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP are only appended to stops, a list."""
     def stop(number, frame):
         stops.append(number)
         signal.signal(number, signal.default_int_handler)  # a second one ends the run at once
@@ -296,9 +298,9 @@ def compile_blocks(model, data, config):
     model.zero_grad(set_to_none=True)
 
 def record_graphs(model, config):
-    """Record the forward and the backward pass of a training batch as CUDA graphs. Each is then launched at
-    once, not kernel by kernel, which takes the CPU longer than it takes the GPU to compute them."""
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # they come from another stream
+    """Record the forward and the backward pass of a training batch as CUDA graphs, of one launch each.
+    Launching them kernel by kernel takes the CPU longer than computing them takes the GPU."""
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # graphs have their own stream
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=config.device)
     y = x.clone()
     with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16",
@@ -315,7 +317,7 @@ def training_step(model, optimizer, data, generator, config):
     optimizer.step()
 
 class Clock:
-    """Measures seconds; the device finishes its work first."""
+    """A stopwatch that waits for the device to finish its work."""
     def __init__(self, config):
         self.device = config.device
         self.last = time.perf_counter()
@@ -395,7 +397,7 @@ def train(config, stops=None):
                 progress(f"step {step}{speed(step, train_s, eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(model, optimizer, train_data, generator, config)
-    vars(model).pop("forward", None)  # the CUDA graphs, which only compute batches of the training
+    vars(model).pop("forward", None)  # the CUDA graphs, which only fit training batches
     if stops:
         warn(f"stopped at step {step}")
     else:
@@ -439,8 +441,8 @@ def report(model, curve, train_s, crc32, config):
         ))
 
 def append_row(path, row=None):
-    """Append row, a dict, to a CSV of COLUMNS; without a row, only see that the file will do.
-    The file is locked meanwhile: parallel runs do not tear each other's rows."""
+    """Append row, a dict, to a CSV of COLUMNS; without a row, only check the file.
+    It is locked meanwhile, so that parallel runs cannot tear each other's rows."""
     try:
         with open(path, "a+", newline="", encoding="utf-8") as file:
             if os.name == "posix":
@@ -461,7 +463,7 @@ def append_row(path, row=None):
         fail(f"--csv {path}: {error}; the row: {row}", 1 if row else 2)
 
 def check_csv(config, crc32):
-    """See that --csv will do. With --once, end here if it has the row of this script, flags and text."""
+    """Check --csv. With --once, exit if it already has the row of this script, these flags and this text."""
     if not config.csv:
         return
     append_row(config.csv)

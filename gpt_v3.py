@@ -285,7 +285,7 @@ def load_data(config, chars=None):
         fail(f"--data {config.data}: a tenth of it must be longer than --block_size {config.block_size}")
     return tokens[:n], tokens[n:], chars, zlib.crc32(text.encode())
 
-GPT2_IDS = [f"{i} " for i in range(50304)]  # what stands for the 50,257 tokens of GPT-2, padded as in nanoGPT
+GPT2_IDS = [f"{i} " for i in range(50304)]  # for GPT-2's 50,257 tokens, padded as in nanoGPT
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads a pickle of plain types, and refuses one that asks for a class or a function."""
@@ -319,7 +319,7 @@ def load_folder(config, chars=None):
     return *splits, vocabulary, crc32
 
 def check_ids(path, vocab_size, crc32):
-    """See that a file holds ids below vocab_size in uint16 -> its CRC-32, continuing that of another file."""
+    """Check that a file holds ids below vocab_size in uint16 -> its CRC-32, continuing that of another."""
     if os.path.getsize(path) % 2:
         raise ValueError("its size is odd: these are not token ids in uint16")
     pairs = np.fromfile(path, "<u4", 10000)
@@ -347,7 +347,7 @@ def get_batch(data, start, block_size):
     if torch.is_tensor(data):
         window = data[index]
     else:
-        file = np.memmap(data.filename, data.dtype, "r")  # anew, or every page ever read stays in memory
+        file = np.memmap(data.filename, data.dtype, "r")  # reopened, or all pages ever read stay in memory
         window = torch.from_numpy(file[index.numpy()].astype(np.int64))
     return window[:, :-1], window[:, 1:]
 
@@ -434,7 +434,7 @@ def model_flags():
     return parser
 
 def shaping_flags():
-    """The flags that shape a run, and that its row in --csv holds."""
+    """The flags that shape a run; its row in --csv holds them."""
     parser = argparse.ArgumentParser(add_help=False, parents=[model_flags()])
     group = parser.add_argument_group("training")
     rate = between(0, 10, float)
@@ -445,7 +445,7 @@ def shaping_flags():
     flag(group, "--eval_interval", 500, "iterations between evaluations")
     flag(group, "--eval_iters", 200, "batches of each split per evaluation")
     choice(group, "--optimizer", ["adamw", "muon"], "muon: for the blocks' matrices, and AdamW for the rest")
-    flag(group, "--learning_rate", 3e-4, "learning rate; next to Muon, AdamW has twice as much", rate)
+    flag(group, "--learning_rate", 3e-4, "learning rate; alongside Muon, AdamW uses twice as much", rate)
     flag(group, "--warmup_iters", 0, "iterations in which the learning rate rises from 0", between(0, 10**9))
     group.add_argument("--min_lr", type=rate, help="final rate of a cosine decay (default: constant)")
     flag(group, "--weight_decay", 0.01, "weight decay; with muon, only of the matrices", number)
@@ -466,7 +466,8 @@ def make_parser():
     run = parser.add_argument_group("run")
     flag(run, "--data", "input.txt", "text in UTF-8, or a folder with train.bin and val.bin", str)
     choice(run, "--device", devices, "where to compute")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: only on cuda)")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                     help="compile the blocks (default: only on cuda)")
     run.add_argument("--csv", help="file to append a row with the final losses to")
     run.add_argument("--once", action="store_true", help="do nothing if --csv has a row of this run")
     run.add_argument("--save", help="file to save the run in at each evaluation; its best is FILE.best")
@@ -517,7 +518,7 @@ def parse_args(argv=None):
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if fast else "float32"
     if args.device == "mps" and args.dtype == "bfloat16" and torch.__version__ < "2.13":
-        parser.error("--dtype bfloat16 on mps needs torch 2.13: before, attention sees later tokens")
+        parser.error("--dtype bfloat16 on mps needs torch 2.13: earlier ones let attention see later tokens")
     if args.compile is None:
         args.compile = args.device == "cuda"
     return args
@@ -563,7 +564,7 @@ def on_terminal():
     return sys.stdout.isatty()
 
 def erase():
-    """What erases the progress line of a terminal."""
+    """The characters that erase the progress line on a terminal."""
     return "\r\x1b[K" if on_terminal() else ""
 
 def write(text, config):
@@ -580,7 +581,7 @@ def log(text, config, end="\n"):
     write(f"{erase()}{text}{end}", config)
 
 def catch_signals(stops):
-    """A context in which Ctrl-C, SIGTERM and SIGHUP do nothing but join stops, a list."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP are only appended to stops, a list."""
     def stop(number, frame):
         stops.append(number)
         if ranks()[1] == 1:  # torchrun passes on what its processes have already received
@@ -626,9 +627,9 @@ def compile_blocks(model, data, config):
     model.zero_grad(set_to_none=True)
 
 def record_graphs(model, config):
-    """Record the forward and the backward pass of a training batch as CUDA graphs. Each is then launched at
-    once, not kernel by kernel, which takes the CPU longer than it takes the GPU to compute them."""
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # they come from another stream
+    """Record the forward and the backward pass of a training batch as CUDA graphs, of one launch each.
+    Launching them kernel by kernel takes the CPU longer than computing them takes the GPU."""
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # graphs have their own stream
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=config.device)
     y = x.clone()
     with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16",
@@ -681,7 +682,7 @@ def training_step(step, replica, optimizers, data, generator, config):
         optimizer.step()
 
 class Clock:
-    """Measures seconds; the device finishes its work first."""
+    """A stopwatch that waits for the device to finish its work."""
     def __init__(self, config):
         self.device = config.device
         self.last = time.perf_counter()
@@ -773,7 +774,7 @@ def train(config, stops=None):
                 progress(f"step {step}{speed(step, run['train_s'], eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(step, replica, optimizers, train_data, generator, config)
-    vars(model).pop("forward", None)  # the CUDA graphs, which only compute batches of the training
+    vars(model).pop("forward", None)  # the CUDA graphs, which only fit training batches
     if stops:
         run["train_s"] += clock.lap()
         save_run(run, model, optimizers, generator, config)
@@ -932,8 +933,8 @@ def report(model, train_data, val_data, run, config):
         ))
 
 def append_row(path, row=None):
-    """Append row, a dict, to a CSV of COLUMNS; without a row, only see that the file will do.
-    The file is locked meanwhile: parallel runs do not tear each other's rows."""
+    """Append row, a dict, to a CSV of COLUMNS; without a row, only check the file.
+    It is locked meanwhile, so that parallel runs cannot tear each other's rows."""
     try:
         with open(path, "a+", newline="", encoding="utf-8") as file:
             if os.name == "posix":
@@ -954,7 +955,7 @@ def append_row(path, row=None):
         fail(f"--csv {path}: {error}; the row: {row}", 1 if row else 2)
 
 def check_csv(config, crc32):
-    """See that --csv will do. With --once, end here if it has the row of this script, flags and text."""
+    """Check --csv. With --once, exit if it already has the row of this script, these flags and this text."""
     if not config.csv:
         return
     append_row(config.csv)
