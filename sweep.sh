@@ -49,16 +49,20 @@ run() { # $1 is a line of $runs, and the rest are the flags for every run
     # a wrong flag or file is said once, and ends the sweep
     [ $status = 2 ] && ! mkdir "$log/stop" 2> /dev/null || cat "$log/$$.err" >&2
 }
+if [ -n "$dry_run" ]; then
+    while read -r line; do run "$line" "${preset[@]}" "$@"; done <<< "$runs"
+    exit
+fi
 gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | awk '{ print NR - 1 }' | paste -sd , -)}
 jobs=$(tr , '\n' <<< "$gpus" | grep -c .) || jobs=$(getconf _NPROCESSORS_ONLN)
 [ -n "$gpus" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-[ -n "$dry_run" ] && JOBS=1 || mkdir -p "${SAVE:-.}"
+mkdir -p "${SAVE:-.}"
 log=$(mktemp -d) && trap 'rm -rf "$log"' EXIT && trap 'touch "$log/interrupted"' INT
-export here csv dry_run gpus log TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}"
+export here csv gpus log TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}"
 export -f run
 xargs -P "${JOBS:-$jobs}" -I {} ${gpus:+--process-slot-var=slot} \
     bash -c 'run "$@"' run {} "${preset[@]}" "$@" <<< "$runs" | (trap "" INT && cat)
 [ ! -e "$log/stop" ] || exit 2
 [ ! -e "$log/interrupted" ] || { echo "interrupted; rerun to continue" >&2; exit 130; }
 [ ! -s "$log/failed" ] || { echo "$(grep -c . "$log/failed") runs failed; rerun to continue" >&2; exit 1; }
-[ -n "$dry_run" ] || echo "done: the rows are in $csv"
+echo "done: the rows are in $csv"
