@@ -49,10 +49,8 @@ run() { # $1 is a line of $runs, and the rest are the flags for every run
     # a wrong flag or file is said once, and ends the sweep
     [ $status = 2 ] && ! mkdir "$log/stop" 2> /dev/null || cat "$log/$$.err" >&2
 }
-if [ -n "$dry_run" ]; then
-    while read -r line; do run "$line" "${preset[@]}" "$@"; done <<< "$runs"
-    exit
-fi
+[ -z "$dry_run" ] || while read -r line; do run "$line" "${preset[@]}" "$@"; done <<< "$runs"
+[ -z "$dry_run" ] || exit 0
 gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2> /dev/null | awk '{ print NR - 1 }' | paste -sd , -)}
 jobs=$(tr , '\n' <<< "$gpus" | grep -c .) || jobs=$(getconf _NPROCESSORS_ONLN)
 [ -n "$gpus" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
