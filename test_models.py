@@ -5,7 +5,7 @@
     python -m pytest -k rope               those of one promise: mask, cache, best, schedule, resume, csv, ...
 """
 import contextlib, csv, difflib, importlib.util, io, itertools, math, multiprocessing, os, pickle, random, re
-import resource, shlex, shutil, signal, subprocess, sys, termios, time, types, zlib
+import resource, shlex, shutil, signal, subprocess, sys, termios, time, types, warnings, zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*non-tuple"),
     pytest.mark.filterwarnings("ignore:.*autocast"),
 ]
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no file to register them in
 slow = pytest.mark.slow  # more than a few seconds
 on_gpu = pytest.param("cuda", marks=[
     pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
@@ -546,7 +547,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest_at_twice_the_
         matrices = [p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2]
         rest = [p for name, p in model.named_parameters() if "blocks" not in name or p.ndim == 1]
         return [torch.optim.AdamW(rest, betas=(0.9, 0.9), weight_decay=0),
-                torch.optim.Muon(matrices, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")]
+                gpt_v3.Muon(matrices, 1e-2, 0.3, torch.float32)]
 
     def schedule(step):
         if step < 5:
@@ -554,6 +555,22 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest_at_twice_the_
         return 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 5) / 25)) / 2
 
     assert losses == pytest.approx(by_hand(gpt_v3, config, optimizers, schedule), abs=1e-4)
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, 1e-3)])
+def test_muon_is_that_of_pytorch_which_is_in_bfloat16(dtype, tolerance):
+    weights = [torch.randn(shape) for shape in ((24, 24), (8, 40), (40, 8))]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    optimizers = (gpt_v3.Muon(ours, 1e-2, 0.3, dtype),
+                  torch.optim.Muon(theirs, 1e-2, 0.3, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(4):
+        for our, their in zip(ours, theirs):
+            our.grad = torch.randn_like(our)
+            their.grad = our.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for our, their, weight in zip(ours, theirs, weights):
+        assert (their - weight).abs().max() > 0.03
+        torch.testing.assert_close(our, their, rtol=0, atol=tolerance)
 
 def test_micro_batches_add_up_to_the_batch():
     whole, _ = trained(gpt_v3, "--dropout 0 --learning_rate 1e-2")
