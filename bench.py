@@ -161,8 +161,9 @@ def note_failure(row):
 
 def first_line(message):
     """The first line of a message, without where in PyTorch it comes from."""
-    line = str(message).split("\n")[0]
-    return line.split("(Triggered")[0].strip()
+    line, *_ = str(message).split("\n")
+    text, *_ = line.split("(Triggered")
+    return text.strip()
 
 def milliseconds(call, device):
     """The milliseconds of calls that take a tenth of a second in all, or of at least one."""
@@ -221,7 +222,9 @@ def time_attention(flags, rounds):
     FLOPs as Dao (2023) counts them: 4 T^2 hs per head, halved as causal, 3.5 times with the backward pass."""
     torch.compiler.reset()  # to compile for these shapes alone
     config = gpt.parse_args(flags)
-    B, T, H = config.batch_size, config.block_size, config.n_head
+    B = config.batch_size
+    T = config.block_size
+    H = config.n_head
     hs = config.n_embd // H
     options = dict(dtype=getattr(torch, config.dtype), device=config.device)
     mask = torch.ones(T, T, dtype=torch.bool, device=config.device).tril()
@@ -245,38 +248,29 @@ def time_attention(flags, rounds):
 
 # --- A training step -------------------------------------------------------------------------------------
 SCRIPTS = [gpt, gpt_v2, gpt_v3]
-RUNGS = {  # each is what it says in addition to the one before, down to what the scripts do
-    "eager float32": dict(dtype="float32"),
+RUNGS = {  # each with what it says and all that came before
+    "eager float32": {},
     "+ bfloat16": {},
-    "+ compile": dict(unit="block"),
-    "+ fused AdamW": dict(unit="block", fused=True),
-    "+ CUDA graphs": dict(unit="block", fused=True, graph="passes"),
-}
-ALTERNATIVES = {  # to the last
-    "graphs, combo kernels": dict(unit="combo", fused=True, graph="passes"),
-    "graphs, whole model": dict(unit="model", fused=True, graph="passes"),
-    "graph of the whole step": dict(unit="block", fused=True, graph="step"),
-    "reduce-overhead": dict(unit="reduce", fused=True),
+    "+ compile": dict(compiled=True),
+    "+ fused AdamW": dict(fused=True),
+    "+ CUDA graphs": dict(graphs=True),  # this is what the scripts do
+    "+ combo kernels": dict(combo_kernels=True),
 }
 
-def compile_unit(model, unit):
-    """Compile a model in place: each block, or all of it."""
-    modules = {None: [], "block": model.blocks, "combo": model.blocks}.get(unit, [model])
-    options = {"combo_kernels": True} if unit == "combo" else None
-    mode = "reduce-overhead" if unit == "reduce" else None
-    for module in modules:
-        module.compile(options=options, mode=mode)
-
-def training_step(script, config, unit=None, fused=None, graph=None):
+def training_step(script, config, compiled=False, fused=None, graphs=False, combo_kernels=False):
     """A new model of a script and a function that trains it for a step -> the loss."""
     torch.backends.cuda.enable_flash_sdp(True)  # PyTorch's default, until the model has its say
     data, _, chars, _ = script.load_data(config)
     model = script.GPT(config, len(chars)).to(config.device)
     flash = torch.backends.cuda.flash_sdp_enabled()
-    compile_unit(model, unit)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, capturable=graph == "step",
+    if compiled:
+        for block in model.blocks:
+            block.compile(options={"combo_kernels": True} if combo_kernels else None)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate,
                                   fused=fused)  # None is PyTorch's choice: foreach on a GPU
     generator = torch.Generator(config.device).manual_seed(config.seed)
+    if graphs:
+        script.record_graphs(model, config)
 
     def step():
         torch.backends.cuda.enable_flash_sdp(flash)  # a switch for all models: others came after this one
@@ -287,51 +281,28 @@ def training_step(script, config, unit=None, fused=None, graph=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # at the end: so gradients count as memory of the step
         return loss.detach()
-
-    if graph == "passes":
-        script.record_graphs(model, config)
-    if graph == "step":
-        return model, capture(step, generator)
     return model, step
-
-def capture(step, generator):
-    """Record a step as a CUDA graph, all its kernels in one launch -> a function that replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # whatever is done once is done, and AdamW has its moments
-            step()
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)  # so that each replay draws another batch
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay():
-        graph.replay()
-        return loss  # where the graph writes it
-    replay.keep = step  # the graph reads the weights and the data of step
-    return replay
 
 def time_steps(flags, rounds):
     """A row for a step of each script on each rung: the scripts in turn, the rungs one after the other.
     first_step_s is the time from a new model to its first loss, with compiling and recording, nothing cached.
     FLOPs per token: 6 for each weight of a Linear, and 6 T n_embd for the causal attention of each layer."""
     torch.compiler.config.force_disable_caches = True
-    cuda = gpt.parse_args(flags).device == "cuda"
     rows = []
-    for case, options in (RUNGS | ALTERNATIVES).items():
-        if not cuda and ("graph" in options or case in ALTERNATIVES):
-            continue
+    options = {}
+    for case, addition in RUNGS.items():
+        options.update(addition)
+        if "graphs" in options and "--device=cuda" not in flags:
+            break
         torch.compiler.reset()  # the models of the last rung are freed
+        precision = ["--dtype=float32"] if case == "eager float32" else []
         rung = []
         for script in SCRIPTS:
-            dtype = ["--dtype", options["dtype"]] if "dtype" in options else []
-            config = script.parse_args(flags + dtype)
+            config = script.parse_args(flags + precision)
             row = vars(config) | dict(contender=script.GPT.experiment, case=case, note="", call=None)
             with note_failure(row):
                 start = time.perf_counter()
-                how = {name: value for name, value in options.items() if name != "dtype"}
-                model, row["call"] = training_step(script, config, **how)
+                model, row["call"] = training_step(script, config, **options)
                 row["call"]().item()
                 row["first_step_s"] = time.perf_counter() - start
                 row["peak_mib"] = peak_mib(row["call"], config.device)
@@ -438,7 +409,8 @@ def parse_args(argv):
 def check_files(parser, args):
     """Refuse what would fail after minutes of measuring."""
     for path in filter(None, (args.csv, args.plot)):
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
             parser.error(f"{path} is a folder, or its folder does not exist or cannot be written to")
     packages = ["pandas", "tabulate"]
     if args.plot:
