@@ -649,7 +649,7 @@ def get_lr(step, config):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 def orthogonalize(x, dtype):
-    """x (rows, columns) with all its singular values moved close to 1, by Newton-Schulz iteration in dtype."""
+    """The matrix x with all its singular values moved close to 1, by Newton-Schulz iteration in dtype."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T, dtype).T
     x = x.to(dtype)
@@ -661,8 +661,8 @@ def orthogonalize(x, dtype):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum SGD that orthogonalizes the update of each matrix (Jordan et al. 2024). It is torch.optim.Muon
-    with a choice of dtype: that one's bfloat16 is 20 to 50 times as slow on a CPU that has no instructions for it."""
+    """SGD with momentum that orthogonalizes the update of each matrix (Jordan et al. 2024). PyTorch's Muon
+    always computes in bfloat16, which is far too slow on a CPU without instructions for it."""
 
     def __init__(self, matrices, lr, weight_decay, dtype, momentum=0.95):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

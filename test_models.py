@@ -557,7 +557,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest_at_twice_the_
     assert losses == pytest.approx(by_hand(gpt_v3, config, optimizers, schedule), abs=1e-4)
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, 1e-3)])
-def test_muon_is_that_of_pytorch_which_is_in_bfloat16(dtype, tolerance):
+def test_muon_is_that_of_pytorch_in_any_precision(dtype, tolerance):
     weights = [torch.randn(shape) for shape in ((24, 24), (8, 40), (40, 8))]
     ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
     optimizers = (gpt_v3.Muon(ours, 1e-2, 0.3, dtype),
@@ -955,7 +955,7 @@ threading.Thread(target=interrupt_the_training).start()
 """
 
 @slow
-@each_script
+@pytest.mark.parametrize("script", [gpt, gpt_v3], ids=["gpt", "gpt_v3"])
 def test_an_interrupted_cell_of_a_notebook_leaves_the_model_and_its_characters(script, folder):
     """In a real kernel: a file pasted as a whole, and train() called."""
     nbclient = pytest.importorskip("nbclient")
