@@ -1291,6 +1291,20 @@ def test_a_sweep_can_be_a_part_of_itself_or_one_task_of_slurm():
     assert task.count("\n") == 1 and "--pe rope --n_embd 768 --n_head 12 --n_layer 12" in task
     assert finish(sweep("--help"))[1].startswith("usage: ")
 
+@pytest.mark.parametrize("visible,used", [
+    ({}, {"0", "1", "2"}), ({"CUDA_VISIBLE_DEVICES": "4,7"}, {"4", "7"})])
+def test_the_runs_of_a_sweep_take_turns_on_the_gpus(visible, used):
+    """With programs of the same names in place of nvidia-smi and python3."""
+    Path("bin").mkdir()
+    Path("bin/nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\n'")
+    Path("bin/python3").write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES >> used\nsleep 0.3")
+    for program in Path("bin").iterdir():
+        program.chmod(0o755)
+    path = f"{Path('bin').absolute()}:{os.environ['PATH']}"
+    status, _, err = finish(sweep("--csv r.csv --only '384 --n_head 6'", PATH=path, **visible))
+    assert (status, err) == (0, "")
+    assert set(Path("used").read_text().split()) == used
+
 @pytest.mark.parametrize("flags,message", [
     ("--frobnicate", "usage: "), ("--csv", "usage: "), ("--only nothing", "error: there is no such run"),
     ("--csv r.csv -- --data no.txt", "error: --data no.txt: "),
@@ -1393,6 +1407,16 @@ def test_a_report_fills_the_page_and_check_finds_what_is_out_of_date(report):
     laptop = Path("results/laptop.csv")
     laptop.write_text(laptop.read_text().replace("1000:2.0", "1000:1.9"))  # which no table shows
     refuse(report, "--check", says=["losses.png is out of date"], status=1)
+
+def test_the_axes_of_the_figures_say_their_units(report):
+    write_csv("a.csv")
+    _, figures = report.report(Path("a.csv"))
+    labels = {}
+    for name, figure in figures.items():
+        first = figure.axes[0]
+        labels[name] = [first.get_xlabel(), first.get_ylabel()]
+    loss = "loss (nats per character)"
+    assert labels == {"losses": [f"final train {loss}", f"final val {loss}"], "curves": ["iteration", loss]}
 
 def test_a_report_of_the_same_losses_reproduces_every_finding_and_of_turned_ones_hardly_any(report):
     write_csv("same.csv")
