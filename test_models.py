@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[Uu]npickler"),
     pytest.mark.filterwarnings("ignore:.*non-tuple"),
     pytest.mark.filterwarnings("ignore:.*autocast"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no file to register them in
 slow = pytest.mark.slow  # more than a few seconds
@@ -156,6 +157,7 @@ assert torch.equal(state, torch.get_rng_state()) and 'torch._dynamo' not in sys.
     assert finish(start("-c", shlex.quote(code), env=env)) == (0, "", "")
     assert files() == before
 
+@slow
 def test_help_needs_neither_a_cache_folder_nor_docstrings():
     names = "TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR XDG_CACHE_HOME HOME TMPDIR".split()
     env = os.environ | dict.fromkeys(names, "/dev/null/nowhere")
@@ -1305,6 +1307,7 @@ def test_the_runs_of_a_sweep_take_turns_on_the_gpus(visible, used):
     assert (status, err) == (0, "")
     assert set(Path("used").read_text().split()) == used
 
+@slow
 @pytest.mark.parametrize("flags,message", [
     ("--frobnicate", "usage: "), ("--csv", "usage: "), ("--only nothing", "error: there is no such run"),
     ("--csv r.csv -- --data no.txt", "error: --data no.txt: "),
@@ -1391,6 +1394,7 @@ def test_the_committed_tables_and_figures_are_what_the_csvs_give():
     assert "<!-- report findings -->" in (ROOT / "results/README.md").read_text()
     assert finish(start(ROOT / "results/report.py", "--check")) == (0, "", "")
 
+@slow
 def test_a_report_fills_the_page_and_check_finds_what_is_out_of_date(report):
     write_csv("results/laptop.csv")
     succeed(report)
@@ -1418,6 +1422,7 @@ def test_the_axes_of_the_figures_say_their_units(report):
     loss = "loss (nats per character)"
     assert labels == {"losses": [f"final train {loss}", f"final val {loss}"], "curves": ["iteration", loss]}
 
+@slow
 def test_a_report_of_the_same_losses_reproduces_every_finding_and_of_turned_ones_hardly_any(report):
     write_csv("same.csv")
     found = table(report, "findings", "same.csv")
@@ -1435,6 +1440,7 @@ def test_a_report_of_the_same_losses_reproduces_every_finding_and_of_turned_ones
     found = table(report, "findings", "short.csv")
     assert found["n_embd 768 has the lowest train loss"][-1] == "only 50 iterations"
 
+@slow
 def test_a_report_knows_the_spread_of_seeds(report):
     for seed in (1, 2):
         write_csv("two.csv", lambda loss: loss + seed / 10, flag=("--seed 1337", f"--seed {seed}"))
@@ -1461,6 +1467,7 @@ def test_a_report_of_rows_that_differ_in_other_flags_is_a_table_of_them(report):
     assert found["`--dropout 0.2`"][:3] == ["2", "1.800 ± 0.141", "+0.250"]
     assert found["`--dropout 0.3`"][:3] == ["2", "1.400 ± 0.000", "-0.150"]
 
+@slow
 def test_a_report_of_a_part_of_a_sweep_and_of_another_encoding_has_its_tables_and_figures(report):
     write_csv("mine.csv", pe_type="nope", n_embd=64)
     assert "nope" in succeed(report, "mine.csv")
