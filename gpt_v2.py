@@ -392,12 +392,12 @@ def train(config, stops=None):
                     f"{speed(step, train_s, eval_s, config)}", config)
                 if not math.isfinite(train_loss + val_loss):
                     fail(f"the loss is not finite at step {step}; a lower --learning_rate may help", 1)
-            elif step == 10 or step % 10 == 0 and on_terminal():
+            elif step == 10 or (step % 10 == 0 and on_terminal()):
                 train_s += clock.lap()
                 progress(f"step {step}{speed(step, train_s, eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(model, optimizer, train_data, generator, config)
-    vars(model).pop("forward", None)  # the CUDA graphs, which only fit training batches
+    vars(model).pop("forward", None)  # drop the CUDA graphs, which only accept training batches
     if stops:
         warn(f"stopped at step {step}")
     else:

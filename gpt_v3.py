@@ -657,7 +657,7 @@ def orthogonalize(x, dtype):
     for _ in range(5):
         gram = x @ x.T  # (rows, rows)
         gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, gram, x, beta=3.4445)  # a polynomial of each singular value
+        x = torch.addmm(x, gram, x, beta=3.4445)  # an odd polynomial of each singular value
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -678,7 +678,7 @@ class Muon(torch.optim.Optimizer):
             average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             update = orthogonalize(p.grad.lerp(average, group["momentum"]), self.dtype)  # Nesterov's momentum
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)  # the size of an update by AdamW
+            p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)  # about as large as AdamW's
 
 def make_optimizers(model, config):
     """AdamW; or Muon for the matrices of the blocks, and AdamW for the rest."""
@@ -690,7 +690,7 @@ def make_optimizers(model, config):
     chosen = set(matrices)
     rest = [p for p in model.parameters() if p not in chosen]
     adamw = torch.optim.AdamW(rest, config.learning_rate, betas, weight_decay=0.0, fused=True)
-    adamw.param_groups[0]["lr_scale"] = 2  # embeddings and biases learn well at twice the rate of Muon
+    adamw.param_groups[0]["lr_scale"] = 2  # embeddings, norms, biases and lm_head learn well at twice Muon's
     muon = Muon(matrices, config.learning_rate, config.weight_decay, getattr(torch, config.dtype))
     return [adamw, muon]
 
@@ -760,7 +760,7 @@ def train(config, stops=None):
     Ctrl-C, SIGTERM or SIGHUP ends the training early, and is appended to stops, a list."""
     stops = [] if stops is None else stops
     rank, world = join_processes(config)
-    torch.manual_seed(config.seed + rank)  # dropout differs between processes; the weights are the first's
+    torch.manual_seed(config.seed + rank)  # for dropout; DDP copies the weights of rank 0
     torch.set_float32_matmul_precision("high")
     path = config.resume or config.init_from
     saved = load_run(path) if path else None
@@ -799,13 +799,13 @@ def train(config, stops=None):
                 save_run(run, model, optimizers, generator, config)
                 log(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
                     f"{speed(step, run['train_s'], eval_s, config)}", config)
-                clock.lap()  # saving is not training
-            elif step == first + 10 or step % 10 == 0 and on_terminal():
+                clock.lap()  # the time spent saving does not count
+            elif step == first + 10 or (step % 10 == 0 and on_terminal()):
                 run["train_s"] += clock.lap()
                 progress(f"step {step}{speed(step, run['train_s'], eval_s, config)}", config)
             if step < config.max_iters:
                 training_step(step, replica, optimizers, train_data, generator, config)
-    vars(model).pop("forward", None)  # the CUDA graphs, which only fit training batches
+    vars(model).pop("forward", None)  # drop the CUDA graphs, which only accept training batches
     if stops:
         run["train_s"] += clock.lap()
         save_run(run, model, optimizers, generator, config)
