@@ -1,5 +1,5 @@
 """Changes from gpt.py: attention is a single call of F.scaled_dot_product_attention (SDPA), which runs as one
-fused kernel where PyTorch has one. The (T, T) scores are never written to memory, and no mask is stored.
+fused kernel where PyTorch has one. It never writes the (T, T) scores to memory, and needs no mask.
 
     python gpt_v2.py --tiny    # a model for a laptop; without --tiny, it is one for a GPU
 """
