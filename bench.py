@@ -4,13 +4,19 @@
     python bench.py --T 256 512 1024 2048 --plot attention.png    # how time and memory grow
     python bench.py --step --plot step.png    # a training step, from eager float32 to all that helps
 """
-import argparse, contextlib, functools, importlib.util, itertools, math, os, sys, time, warnings
+import argparse, contextlib, functools, itertools, math, os, sys, time
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory is talkative
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import benchmark
 import gpt, gpt_v2, gpt_v3
+try:
+    import pandas as pd
+    import tabulate  # for DataFrame.to_markdown
+    from matplotlib.figure import Figure
+except ImportError as error:
+    gpt.fail(f"{error.name} is missing; pip install -r requirements.txt brings it")
 try:
     import triton, triton.testing
     import triton.language as tl
@@ -104,66 +110,50 @@ def attend(function, q, k, v, grad, mask, dropout, backward):
 
 # --- Correct first, then fast ----------------------------------------------------------------------------
 def check(function, q, k, v, grad, mask, dropout, backward):
-    """The largest error of the output and the gradients, in multiples of what rounding and chance explain;
-    1 or more raises ArithmeticError. The truth is manual in float64, for the first and the last sequence."""
+    """The largest error of a contender's results, in multiples of what rounding and chance explain; 1 or
+    more raises ArithmeticError. The truth is manual in float64, for the first and the last sequence."""
     bits = 20
     if q.dtype == torch.bfloat16:
         bits = 8
     elif q.is_cuda:
         bits = 11  # TF32
     rounding = 8 * 2.0 ** -bits
-    exact = [x[[0, -1]].detach().double().requires_grad_() for x in (q, k, v)]
-    exact.append(grad[[0, -1]].double())
+    exact = [x[[0, -1]].detach().double().requires_grad_() for x in (q, k, v, grad)]
     true = attend(manual, *exact, mask, 0.0, backward)
     got = attend(function, q, k, v, grad, mask, 0.0, backward)
     errors = []
     for x, y in zip(got, true):
         errors.append((x[[0, -1]] - y).abs().max() / y.abs().max() / rounding)
     if dropout:
-        got = attend(function, q, k, v, grad, mask, dropout, backward)
-        got = [x[[0, -1]].double() for x in got]
-        errors += dropout_errors(got, true[0], exact, mask, dropout, rounding)
+        errors.append(dropout_error(function, v, mask, dropout))
+    if dropout and backward:  # out = W v and dv = W^T grad with the same W, so sum_t dv v = sum_t grad out
+        out, _, _, dv = attend(function, q, k, v, grad, mask, dropout, backward)
+        by_grad = grad.double() * out
+        errors.append((dv.double() * v - by_grad).sum(-2).norm() / by_grad.norm() / rounding)
     error = torch.stack(errors).max().item()  # nan if one is
     if not error < 1:
         raise ArithmeticError(f"wrong: the error is {error:.2g} times what rounding and chance explain")
     return error
 
-def dropout_errors(got, true_out, exact, mask, dropout, rounding):
-    """The errors of a pass with dropout. There is no one truth, but each draw has to obey three laws:
-    * the output's squared distance from that without dropout is p/(1-p) sum_j weights_j^2 v_j^2 on average;
-    * out = W v and dv = W^T grad with the same weights W after dropout, and so sum_t dv v = sum_t grad out;
-    * the same shift of all keys changes nothing, sum_t dk = 0, if both passes dropped the same weights."""
-    q, k, v, grad = [x.detach() for x in exact]
-    identity = torch.eye(len(mask), dtype=q.dtype, device=q.device)
-    weights = manual(q, k, identity, mask, 0.0)  # (B, H, T, T)
-    variance = dropout / (1 - dropout) * weights ** 2 @ v ** 2  # (B, H, T, hs)
-    kurtosis = max(2, 1 / dropout / (1 - dropout) - 4)
-    chance = 2 * (kurtosis / q[..., 0].numel()) ** 0.5  # two sigma at hs = 1
-    out = got[0]
-    errors = [(((out - true_out.detach()) ** 2 / variance).mean() - 1).abs() / chance]
-    if len(got) > 1:
-        _, _, dk, dv = got
-        errors.append((dv * v - grad * out).sum(-2).norm() / (grad * out).norm() / rounding)
-        errors.append(dk.sum(-2).norm() / dk.norm() / rounding)
-    return errors
+@torch.no_grad()
+def dropout_error(function, v, mask, dropout):
+    """How far the share of dropped weights is from dropout, in multiples of four standard deviations.
+    Equal scores make row t of out the mean of t + 1 values. If these are ones before dropout, the variance
+    of the mean is dropout / (1 - dropout) / (t + 1)."""
+    zeros = torch.zeros_like(v)
+    out = function(zeros, zeros, torch.ones_like(v), mask, dropout)
+    means = out[..., 0].float()  # (B, H, T)
+    variances = (means - 1) ** 2 * torch.arange(1, len(mask) + 1, device=v.device)
+    expected = dropout / (1 - dropout)
+    return (variances.mean() / expected - 1).abs() / (4 * (2 / means.numel()) ** 0.5)
 
 @contextlib.contextmanager
 def note_failure(row):
     """Turns an exception, from a kernel, a compiler or a driver, into the row's note."""
-    with warnings.catch_warnings(record=True) as caught:  # SDPA warns what hinders which of its kernels
-        warnings.filterwarnings("ignore", ".*(because:|disabled)")  # and that the others were not asked for
-        try:
-            yield
-        except Exception as error:
-            row["note"] = first_line(error)
-            for warning in caught:
-                row["note"] += " " + first_line(warning.message)
-
-def first_line(message):
-    """The first line of a message, without where in PyTorch it comes from."""
-    line, *_ = str(message).split("\n")
-    text, *_ = line.split("(Triggered")
-    return text.strip()
+    try:
+        yield
+    except Exception as error:
+        row["note"] = str(error).split("\n")[0]
 
 def milliseconds(call, device):
     """The milliseconds of calls that take a tenth of a second in all, or of at least one."""
@@ -190,31 +180,25 @@ def matmul_tflops(dtype, device):
     """TFLOP/s of a product of two large square matrices: what this device can do in dtype."""
     n = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
-    times = torch.tensor(milliseconds(lambda: a @ b.T, device))  # transposed as in a Linear
-    return 2 * n**3 / 1e9 / times.median().item()
+    times = pd.Series(milliseconds(lambda: a @ b.T, device))  # transposed as in a Linear
+    return 2 * n**3 / 1e9 / times.median()
 
 def measure(rows, rounds):
-    """Complete rows by the times of their calls: in turn, so that a disturbance hits them all."""
-    times = {id(row): [] for row in rows}
+    """Complete rows by the median and the quartiles of their calls' milliseconds: the calls take turns, so
+    that a disturbance hits them all."""
+    times = [[] for _ in rows]
     for _ in range(rounds):
-        for row in rows:
+        for row, row_times in zip(rows, times):
             if not row["note"]:
                 with note_failure(row):
-                    times[id(row)] += milliseconds(row["call"], row["device"])
-    for row in rows:
+                    row_times += milliseconds(row["call"], row["device"])
+    for row, row_times in zip(rows, times):
         del row["call"]  # and what it holds
-        if not row["note"]:
-            summarize(row, torch.tensor(times[id(row)]))
+        row["n"] = len(row_times)
+        row["ms_q1"], row["ms"], row["ms_q3"] = pd.Series(row_times, dtype=float).quantile([0.25, 0.5, 0.75])
+        row["matmul_share"] = row["flops"] / row["ms"] / 1e9 / matmul_tflops(row["dtype"], row["device"])
         result = row["note"] or f"{row['ms']:.4g} ms"
         print(f"{row['contender']}, {row['case']}: {result}", file=sys.stderr)
-
-def summarize(row, times):
-    """Complete a row by the median and the quartiles of times (n,) in milliseconds."""
-    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75]))
-    row["ms_q1"], row["ms"], row["ms_q3"] = quartiles.tolist()
-    row["n"] = len(times)
-    tflops = row["flops"] / row["ms"] / 1e9
-    row["matmul_share"] = tflops / matmul_tflops(row["dtype"], row["device"])
 
 # --- Attention -------------------------------------------------------------------------------------------
 def time_attention(flags, rounds):
@@ -232,13 +216,12 @@ def time_attention(flags, rounds):
     grad = torch.randn(B, T, H, hs, **options).transpose(1, 2)
     q, k, v = [x.requires_grad_() for x in qkv]
     rows = []
-    for backward in (False, True):
+    for case, backward in (("forward", False), ("forward + backward", True)):
         for name, function in contenders(config.device).items():
             arguments = (function, q, k, v, grad, mask, config.dropout, backward)
             call = functools.partial(attend, *arguments)
-            row = vars(config) | dict(contender=name, note="", call=call)
-            row["case"] = "forward + backward" if backward else "forward"
-            row["flops"] = (7 if backward else 2) * B * H * T * T * hs
+            flops = (7 if backward else 2) * B * H * T * T * hs
+            row = vars(config) | dict(case=case, contender=name, call=call, flops=flops, note="")
             with note_failure(row):
                 row["error"] = check(*arguments)
                 row["peak_mib"] = peak_mib(call, config.device)
@@ -299,7 +282,7 @@ def time_steps(flags, rounds):
         rung = []
         for script in SCRIPTS:
             config = script.parse_args(flags + precision)
-            row = vars(config) | dict(contender=script.GPT.experiment, case=case, note="", call=None)
+            row = vars(config) | dict(case=case, contender=script.GPT.experiment, call=None, flops=0, note="")
             with note_failure(row):
                 start = time.perf_counter()
                 model, row["call"] = training_step(script, config, **options)
@@ -318,52 +301,41 @@ def step_flops(model, config):
     return 6 * config.batch_size * config.block_size * weights
 
 # --- Results ---------------------------------------------------------------------------------------------
-SETTING = ["batch_size", "block_size", "n_embd", "n_head", "n_layer", "dropout", "dtype"]
-TIMES = ["peak_mib", "n", "ms", "ms_q1", "ms_q3", "flops", "matmul_share", "note", "device", "torch",
-         "command"]
+SETTING = "batch_size block_size n_embd n_head n_layer dropout dtype".split()
+TIMES = "peak_mib n ms ms_q1 ms_q3 flops matmul_share note device torch command".split()
 ATTENTION_COLUMNS = [*SETTING, "case", "contender", "error", *TIMES]
 STEP_COLUMNS = [*SETTING, "case", "contender", "first_step_s", *TIMES]
 
 def print_table(frame):
     """Print a frame of results in Markdown: a line per call that was timed, and the notes of the others."""
-    settings = [name for name in SETTING if frame[name].nunique() > 1]
-    numbers = ["ms", "ms_q1", "ms_q3", "peak_mib", "matmul_share"]
+    columns = [name for name in SETTING if frame[name].nunique() > 1]
+    columns += ["case", "contender", "ms", "ms_q1", "ms_q3", "peak_mib", "matmul_share"]
     if "first_step_s" in frame:
-        numbers.append("first_step_s")
-    done = frame[frame.note == ""]
-    print(done[[*settings, "case", "contender", *numbers]].to_markdown(index=False, floatfmt=".4g"))
+        columns.append("first_step_s")
+    print(frame.loc[frame.note == "", columns].to_markdown(index=False, floatfmt=".4g"))
     print()
     failed = frame[frame.note != ""]
     for note in (failed.contender + ", " + failed.case + ": " + failed.note).unique():
         print(f"* {note}")
 
-def plot(path, frame, panel_names, line_names, x):
-    """Draw medians, quartiles and memory into a PNG: a panel per setting, and a line per kind of call."""
-    from matplotlib.figure import Figure
-    contenders = list(frame.contender.unique())
+def plot(path, frame, title, panel_names, x):
+    """Draw medians, quartiles and memory into a PNG: a panel per setting, and a line per contender."""
     panels = frame.groupby(panel_names, sort=False)
     figure = Figure(figsize=(3 + 4 * len(panels), 8), layout="constrained")
+    figure.suptitle(f"{title} on {frame.device[0]}, torch {frame.torch[0]}")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
-    figure.suptitle(f"{frame.device[0]}, torch {frame.torch[0]}")
     for (time_ax, memory_ax), (setting, panel) in zip(axes.T, panels):
         time_ax.set_title(", ".join(f"{name} {value}" for name, value in zip(panel_names, setting)))
-        for names, line in panel.groupby(line_names, sort=False):
-            color = f"C{contenders.index(names[0])}"
-            style = "o:" if "forward" in names else "o-"
-            errors = [line.ms - line.ms_q1, line.ms_q3 - line.ms]
-            label = ", ".join(names)
-            time_ax.errorbar(line[x], line.ms, errors, fmt=style, color=color, capsize=3, label=label)
-            memory_ax.plot(line[x], line.peak_mib, style, color=color)
         time_ax.set_ylabel("milliseconds: median, quartiles")
         memory_ax.set_ylabel("MiB at the peak")
-        if x == "case":
-            time_ax.set_ylim(bottom=0)
-            memory_ax.set_ylim(bottom=0)
-            memory_ax.tick_params(axis="x", rotation=20)
-        else:
-            time_ax.set_yscale("log")
-            memory_ax.set(xlabel=x, xscale="log", yscale="log")
-            memory_ax.set_xticks(panel[x].unique(), panel[x].unique())
+        memory_ax.set_xlabel(x)
+        memory_ax.tick_params(axis="x", rotation=20)
+        for name, line in panel.groupby("contender", sort=False):
+            errors = [line.ms - line.ms_q1, line.ms_q3 - line.ms]
+            time_ax.errorbar(line[x], line.ms, errors, fmt="o-", capsize=3, label=name)
+            memory_ax.plot(line[x], line.peak_mib, "o-")
+    for ax in axes.flat:
+        ax.set_ylim(bottom=0)
     figure.legend(handles=axes[0, 0].containers, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -374,11 +346,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = gpt.fail
-    devices = ["cpu"]
-    if torch.cuda.is_available() and triton:
-        devices = ["cuda", "cpu"]
-    elif torch.cuda.is_available():
-        gpt.warn("the CPU is timed, because timing a GPU needs Triton: pip install triton")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     flag = parser.add_argument
     flag("--step", action="store_true", help="time a training step; flags not listed here are gpt.py's")
     flag("--plot", help="draw time and memory into this file, a PNG")
@@ -392,59 +360,51 @@ def parse_args(argv):
     args, others = parser.parse_known_args(argv)
     if min(args.T) < 2:
         parser.error("--T must be at least 2: a single token has nothing to attend to")
+    if args.device == "cuda" and not triton:
+        parser.error("--device cuda needs Triton: pip install triton, or time --device cpu")
     if args.device == "cpu":
         others = ["--batch_size=4", *others]
     args.flags = []
     for T, n_head, dtype, dropout in itertools.product(args.T, args.n_head, args.dtype, args.dropout):
         args.flags.append([f"--device={args.device}", *others, f"--block_size={T}", f"--n_head={n_head}",
                            f"--dtype={dtype}", f"--dropout={dropout}"])
-    for flags in args.flags:
-        for script in SCRIPTS:
-            config = script.parse_args(flags)
-            if step:
-                script.load_data(config)  # which ends the program if the text is missing or too short
-    check_files(parser, args)
-    return args
-
-def check_files(parser, args):
-    """Refuse what would fail after minutes of measuring."""
+    for flags, script in itertools.product(args.flags, SCRIPTS):
+        config = script.parse_args(flags)
+        if step:
+            script.load_data(config)  # which ends the program if the text is missing or too short
     for path in filter(None, (args.csv, args.plot)):
-        folder = os.path.dirname(os.path.abspath(path))
-        if os.path.isdir(path) or not os.access(folder, os.W_OK):
-            parser.error(f"{path} is a folder, or its folder does not exist or cannot be written to")
-    packages = ["pandas", "tabulate"]
-    if args.plot:
-        packages.append("matplotlib")
-    for package in packages:
-        if not importlib.util.find_spec(package):
-            parser.error(f"{package} is missing; pip install -r requirements.txt brings it")
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            parser.error(f"{path}: {error.strerror}")
+    return args
 
 def main():
     args = parse_args(sys.argv[1:])
-    import pandas as pd
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as the scripts do
+    measure_all = time_steps if args.step else time_attention
+    columns = STEP_COLUMNS if args.step else ATTENTION_COLUMNS
+    command = " ".join(["python bench.py", *sys.argv[1:]])
     device = f"a CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
-    command = " ".join(["python bench.py", *sys.argv[1:]])
-    frames = []
+    rows = []
     for flags in args.flags:
         print(*flags, file=sys.stderr)
-        rows = time_steps(flags, args.rounds) if args.step else time_attention(flags, args.rounds)
-        columns = STEP_COLUMNS if args.step else ATTENTION_COLUMNS
-        frames.append(pd.DataFrame(rows).assign(device=device, torch=torch.__version__, command=command)
-                      .reindex(columns=columns))
-        frame = pd.concat(frames, ignore_index=True)
+        rows += measure_all(flags, args.rounds)
+        frame = pd.DataFrame(rows).assign(device=device, torch=torch.__version__, command=command)
+        frame = frame.reindex(columns=columns)
         if args.csv:  # each time: a run that is cut off keeps what it has
             frame.to_csv(args.csv, index=False)
     print(f"`{command}` on {device}, torch {torch.__version__}\n")
     print_table(frame)
-    done = frame[frame.note == ""].reset_index()
+    frame = frame[frame.note == ""].reset_index()
     if args.plot and args.step:
-        plot(args.plot, done, ["block_size", "n_head", "dropout"], ["contender"], "case")
+        plot(args.plot, frame, "A training step", ["block_size", "n_head", "dropout"], "case")
     elif args.plot:
-        plot(args.plot, done, ["dtype", "n_head", "dropout"], ["contender", "case"], "block_size")
+        frame = frame[frame.case == "forward + backward"].reset_index()
+        plot(args.plot, frame, "Attention, forward + backward,", ["dtype", "n_head", "dropout"], "block_size")
 
 if __name__ == "__main__":
     main()

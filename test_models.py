@@ -1508,7 +1508,7 @@ SMALL = "--T 16 --n_head 2 --n_embd 32 --batch_size 2 --n_layer 2 --rounds 1 --c
     --batch_size 0          --batch_size: must be
     --device tpu            tpu
     --csv no/a.csv          no/a.csv
-    --csv .                 . is a folder
+    --csv .                 . / directory
     --plot no/a.png         no/a.png
     --head 6                --head
     --step --data no.txt    no.txt
@@ -1523,7 +1523,7 @@ def no_gradient(*args):
 
 WRONG = {
     "not causal": lambda q, k, v, mask, p: bench.manual(q, k, v, mask | True, p),
-    "drops 3/16, not 1/5": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, min(p, 3 / 16)),
+    "drops 1/8, not 1/5": lambda q, k, v, mask, p: bench.manual(q, k, v, mask, min(p, 1 / 8)),
     "not finite": lambda *args: bench.manual(*args) * torch.nan,
     "no gradient of v": lambda q, k, v, mask, p: bench.manual(q, k, v.detach(), mask, p) + 0 * v,
     "gradients of another mask": lambda *args: bench.manual(*args) + no_gradient(*args) - no_gradient(*args)}
