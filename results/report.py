@@ -9,9 +9,7 @@ CSV may be any part of a sweep, with one seed per run or several, and with encod
 If its rows differ in other flags, the report is one table: what these flags change.
 """
 import argparse
-import csv
 import hashlib
-import io
 import os
 import re
 import sys
@@ -20,7 +18,6 @@ from pathlib import Path
 from statistics import mode
 
 try:
-    import matplotlib
     import pandas as pd
     import tabulate  # for DataFrame.to_markdown
     from matplotlib.figure import Figure
@@ -60,22 +57,20 @@ def fail(message, status=2):
 def read(path):
     """The rows of a CSV of the scripts, with a column for each flag; equal runs count once."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        header, *rows = list(csv.reader(io.StringIO(text))) or [COLUMNS]
-        if "experiment" not in header:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if "experiment" not in table:
             raise ValueError("it is not a CSV of the scripts")
         for name in COLUMNS:
-            if name not in header:
+            if name not in table:
                 raise ValueError(f"the column {name} is missing")
-        for line, row in enumerate(rows, 2):
-            if len(row) != len(header) or not re.fullmatch(CURVE, row[header.index("curve")]):
-                raise ValueError(f"line {line} is cut off")
-        if rows and not text.endswith("\n"):
+        whole = table["curve"].str.fullmatch(CURVE, na=False)
+        if not whole.all():
+            raise ValueError(f"line {whole.argmin() + 2} is cut off")
+        if not path.read_bytes().endswith(b"\n"):
             raise ValueError("the last line is cut off")
-        table = pd.DataFrame(rows, columns=header, dtype=str)
         table[SIZES] = table[SIZES].astype(int)
         table[NUMBERS] = table[NUMBERS].replace("", "nan").astype(float)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         fail(f"{path}: {error}")
     table = table.drop_duplicates(["experiment", "flags", "data_crc32"], ignore_index=True)
     table = table.rename(columns=lambda name: name.replace("_", " ") if "loss" in name else name)
@@ -265,9 +260,8 @@ def choices_table(table):
     usual = flags.apply(lambda values: mode(values.dropna()))
     changes = []
     for _, row in flags.where(flags != usual).iterrows():
-        change = " ".join(f"`{name} {value}`" for name, value in row.dropna().items())
-        changes.append(change or "nothing")
-    table["what differs"] = changes
+        changes.append(" ".join(f"`{name} {value}`" for name, value in row.dropna().items()))
+    table["what differs"] = pd.Series(changes).replace("", "nothing")
     groups = table.groupby("what differs")
     means = groups["val loss"].mean()
     order = sorted(means.index, key=lambda change: (change != "nothing", means[change]))
@@ -314,15 +308,13 @@ def losses_figure(rows):
     """Final train loss against final val loss, of the published runs and of ours."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, whose, title in zip(panels, ["published", "ours"], ["Published (learnGPT)", "Ours"]):
+    panels[0].set_title("Published (learnGPT)")
+    panels[1].set_title("Ours")
+    for axes, whose in zip(panels, ["published", "ours"]):
         losses = losses_of(rows).loc[whose][LOSSES].dropna()
         for (width, pe), runs in losses.groupby(["n_embd", "pe_type"]):
             axes.plot(runs["train loss"], runs["val loss"], MARKERS.get(width, "^"), color=colors(rows)[pe],
                       markeredgecolor="white", label=f"{ENCODINGS.get(pe, pe)}, {size('n_embd', width, rows)} wide")
-        correlation = spearman(losses)
-        if pd.notna(correlation):
-            title += f", rank correlation\n{correlation:.2f} over {len(losses)} runs"
-        axes.set_title(title)
         axes.set(xlabel="final train loss (nats per character)", ylabel="final val loss (nats per character)")
     return finish(figure, "How well models fit their text, and how well they predict new text")
 
@@ -335,8 +327,8 @@ def curves_figure(rows):
     for axes, index in zip(panels, chosen):
         sizes, runs = by_size[index]
         for pe, text in zip(runs["pe_type"], runs["curve"]):
-            curve = pd.read_csv(io.StringIO(text), sep=":", lineterminator=" ", names=["step", "train", "val"])
-            curve = curve.query("step > 0")
+            points = [point.split(":") for point in text.split()[1:]]  # after the first step
+            curve = pd.DataFrame(points, columns=["step", "train", "val"], dtype=float)
             color = colors(rows)[pe]
             name = ENCODINGS.get(pe, pe)
             axes.plot(curve["step"], curve["train"], "--", color=color, label=f"train loss, {name}")
