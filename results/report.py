@@ -57,7 +57,7 @@ def fail(message, status=2):
 def read(path):
     """The rows of a CSV of the scripts, with a column for each flag; equal runs count once."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         if "experiment" not in table:
             raise ValueError("it is not a CSV of the scripts")
         for name in COLUMNS:
