@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import sys
+import warnings
 from itertools import cycle, product
 from pathlib import Path
 from statistics import mode
@@ -54,6 +55,8 @@ def fail(message, status=2):
     sys.exit(status)
 
 # --- Reading ---------------------------------------------------------------------------------------------
+warnings.simplefilter("ignore", pd.errors.ParserWarning)  # of a line that is too long: read() says it better
+
 def read(path):
     """The rows of a CSV of the scripts, with a column for each flag; equal runs count once."""
     try:
