@@ -1321,6 +1321,7 @@ def test_a_report_of_a_part_of_a_sweep_and_of_another_encoding_has_its_tables_an
 
 @pytest.mark.parametrize("old,new,message", [
     (r"\n\Z", "", "the last line is cut off"), (r":2\.7\n", "", "line 2 is cut off"),
+    (r"2\.7\n", "2.7", "line 2 is cut off"),
     (",96,", ",wide,", "invalid literal for int() with base 10: 'wide'"),
     ("val_loss", "loss", "the column val_loss is missing"),
     ("experiment", "x", "it is not a CSV of the scripts"), ("(?s).*", "x", "it is not a CSV of the scripts")])

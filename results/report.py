@@ -37,7 +37,7 @@ RUN_FLAGS = "--pe --n_embd --n_head --n_layer --seed".split()
 NUMBERS = """val_loss train_loss best_val_loss published_val_loss published_train_loss params ms_per_iter
     train_s""".split()
 COLUMNS = [*RUN, *NUMBERS, "device", "torch", "data", "data_crc32", "flags", "curve"]
-CURVE = r"(\d+:\S+:\S+ ?)*"  # step:train:val of each evaluation
+CURVE = r"(\d+:[\d.]+:[\d.]+ ?)*"  # step:train:val of each evaluation
 LOSSES = ["val loss", "train loss"]
 
 GRID = [  # the published sweep
