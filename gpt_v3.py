@@ -645,7 +645,7 @@ def get_lr(step, config):
     if config.min_lr is None:
         return config.learning_rate
     # 3. or follows a cosine down to min_lr
-    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # from 0 to 1
+    done = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)  # from 0 to 1
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 def orthogonalize(x, dtype):
