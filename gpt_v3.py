@@ -3,7 +3,7 @@ makemore), GELU instead of ReLU, positional encodings (--pe, --pe_at), and no bi
 attention (--attn), a codebook instead of the MLP (--mlp), Muon (--optimizer), a learning rate schedule and
 other data are one flag each. A run can be saved, resumed, finetuned, sampled and spread over GPUs.
 
-    python gpt_v3.py --tiny --pe rope --pe_at qk    # for a laptop; without --tiny, the model is one for a GPU
+    python gpt_v3.py --tiny --pe rope --pe_at qk --attn gqa    # for a laptop; without --tiny, it is one for a GPU
 """
 # /// script
 # requires-python = ">=3.10"

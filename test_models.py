@@ -611,6 +611,11 @@ def test_times_leave_out_evaluation_and_eta_has_it(script):
     assert script.speed(20, 40.0, 5.0, config) == " | 2000.00 ms/iter, 1k tok/s, eta 2:55"
     assert script.speed(20, 0.02, 1.0, config) == " | 1.00 ms/iter, 2.00M tok/s, eta 0:03"
 
+def test_times_leave_out_saving(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.5))  # a slow disk
+    row = row_of(gpt_v3, "--max_iters 2 --eval_interval 1 --save run.pt")
+    assert float(row["train_s"]) < 0.5
+
 def on_terminal(columns, command):
     """What a command writes to a terminal of this width, and how it ends."""
     done = subprocess.run(["script", "-qec", f"unset COLUMNS; stty cols {columns}; {command}", "/dev/null"],
