@@ -7,7 +7,7 @@ Shakespeare one character at a time and learns to predict the next, with attenti
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "numpy"]
 # ///
-import argparse, contextlib, csv, io, math, os, shutil, signal, sys, time, zlib
+import argparse, contextlib, csv, math, os, shutil, signal, sys, time, zlib
 import torch
 import torch.nn as nn
 from torch.nn import functional as F

@@ -4,7 +4,7 @@
     python -m pytest -n 2 -m "not slow"    the quick ones, in less than one
     python -m pytest -k rope               those of one promise: mask, cache, best, schedule, resume, csv, ...
 """
-import contextlib, csv, difflib, importlib.util, io, itertools, math, multiprocessing, os, pickle, random, re
+import csv, difflib, importlib.util, io, itertools, math, multiprocessing, os, pickle, random, re
 import resource, shlex, shutil, signal, subprocess, sys, time, types, warnings, zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -1052,7 +1052,7 @@ def test_finetuning_begins_with_the_weights_and_characters_of_a_saved_run_and_a_
     model, chars = gpt_v3.load("run.pt")
     val_data = torch.tensor([chars.index(char) for char in TEXT[1999::-1]])
     loss = gpt_v3.estimate_loss(model, val_data, gpt_v3.parse_args(split(QUICK)))
-    assert f"step 0: train loss" in out and f"val loss {loss:.4f}" in out.split("\n")[2]
+    assert re.search(rf"\nstep 0: .* val loss {loss:.4f}\n", out)
     assert load("new.pt")["chars"] == chars and load("new.pt")["step"] == 3
     succeed(gpt_v3, "--resume new.pt --max_iters 5 --csv r.csv --device cpu --max_new_tokens 0")
     assert all("--init_from run.pt" in row["flags"] for row in rows())
@@ -1299,13 +1299,16 @@ def test_a_report_of_the_same_losses_reproduces_every_finding_and_of_turned_ones
 
 @slow
 def test_a_report_knows_the_spread_of_seeds(report):
+    """Of these two seeds, only the val losses differ: every published one is above 1.3, no train loss is."""
     for seed in (1, 2):
-        write_csv("two.csv", lambda loss: loss + seed / 10, old="--seed 1337", new=f"--seed {seed}")
+        change = lambda loss: loss + seed / 5 if loss > 1.3 else loss
+        write_csv("two.csv", change, old="--seed 1337", new=f"--seed {seed}")
     found = table(report, "findings", "two.csv")
     assert found[WIDE][-1] == "reproduced"
-    assert found["pe_type rope has the lowest train loss, n_embd 768"][-1] == "within the spread of seeds"
+    assert found["pe_type rope has the lowest train loss, n_embd 768"][-1] == "reproduced"
+    assert found["pe_type sinpe has the lowest val loss"][-1] == "within the spread of seeds"
     text = succeed(report, "two.csv")
-    assert re.search(r"sinpe .*\| 384 \(96\) .* 8 \| 6 \(3\) .*\| 1\.656 ± 0\.071 ", text)
+    assert re.search(r"sinpe .*\| 384 \(96\) .* 8 \| 6 \(3\) .*\| 1\.806 ± 0\.141 ", text)
 
 def test_a_report_of_rows_that_differ_in_other_flags_is_a_table_of_them(report):
     row = rows(ROOT / "results/choices.csv")[0] | {"pe_type": "nope"}
