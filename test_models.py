@@ -1419,6 +1419,7 @@ def test_the_benchmark_of_attention_writes_a_table_a_csv_and_a_figure(monkeypatc
     assert "* large, forward: CUDA out of memory. Tried to allocate 1 TiB\n" in out
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
+@slow
 @pytest.mark.parametrize("device,rungs", [("cpu", 4), pytest.param("cuda", 6, marks=on_gpu.marks)])
 def test_the_benchmark_times_a_step_on_every_rung_and_compiles_a_graph_per_shape(device, rungs, compile_with):
     if device == "cpu":
